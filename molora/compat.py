@@ -1,0 +1,166 @@
+"""The few places that touch the internals of PEFT and transformers, each with its reason.
+
+If a new version of either breaks molora, the mend belongs here. tests/test_compat.py fails loudly when one of the
+assumptions no longer holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch import Tensor, nn
+
+PREFIX = "molora_"
+
+# Path segments by which transformers names attention over encoder states, and its key and value projections. They
+# matter only for which mask describes a layer's input in encoder-decoder models.
+CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "multihead_attn")
+KEY_VALUE = ("k", "v", "k_proj", "v_proj", "key", "value", "kv", "kv_proj")
+
+
+class PeftTypeName(str):
+    """A PEFT type that is not in PEFT's enum: a plain string with the `.value` that PEFT and transformers read."""
+
+    @property
+    def value(self) -> str:
+        """The name itself."""
+        return str(self)
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return PeftTypeName, (str(self),)
+
+
+MOLORA = PeftTypeName("MOLORA")
+
+
+def register_tuner(config: type, tuner: type) -> None:
+    """Make PEFT know the type MOLORA.
+
+    PEFT's `register_peft_method` accepts only names of its enum, so the three tables are written directly; nothing
+    else consults the enum on the paths that we use. The prefix must be the lower-case type plus `_`, because
+    transformers builds it that way in `delete_adapter`.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[MOLORA] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[MOLORA] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[MOLORA] = PREFIX
+
+
+class Arguments:
+    """Reads arguments of a forward by name, whether they came by position or by keyword."""
+
+    def __init__(self, forward: Any) -> None:
+        self.names = [name for name in inspect.signature(forward).parameters if name != "self"]
+
+    def get(self, args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> Any:
+        """Return the first argument among `names` that is not None."""
+        for name in names:
+            value = kwargs.get(name)
+            if value is None and name in self.names and self.names.index(name) < len(args):
+                value = args[self.names.index(name)]
+            if value is not None:
+                return value
+        return None
+
+
+def labels_are_shifted(model: nn.Module) -> bool:
+    """Tell whether the model's loss shifts labels by one, by the rule of transformers' Trainer.
+
+    Trainer counts `labels[..., 1:]` for such models and all labels for others; the token share must count likewise.
+    """
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return shifts and not is_encoder_decoder(model)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Tell whether a model has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def encoder_of(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return the path and module of the encoder of an encoder-decoder model, else None."""
+    if not is_encoder_decoder(model) or not hasattr(model, "get_encoder"):
+        return None
+    encoder = model.get_encoder()
+    return next(((name, module) for name, module in model.named_modules() if module is encoder), None)
+
+
+def stack_of(path: str, encoder_path: str | None) -> str:
+    """Return which masks describe the input of the layer at `path`: main, encoder, or cross."""
+    if encoder_path is None:
+        return "main"
+    if path == encoder_path or path.startswith(encoder_path + "."):
+        return "encoder"
+    segments = path.split(".")
+    if segments[-1] in KEY_VALUE and any(segment in CROSS_ATTENTION for segment in segments):
+        return "cross"
+    return "main"
+
+
+def tokens_in_cache(cache: Any) -> int:
+    """Return how many tokens a key-value or state-space cache holds; 0 for none."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        try:
+            return int(cache.get_seq_length())
+        except (TypeError, ValueError, IndexError):  # caches of pure state-space models count no tokens
+            pass
+    previous = getattr(cache, "has_previous_state", False)
+    return int(bool(previous() if callable(previous) else previous))
+
+
+def add_output(outputs: Any, name: str, value: Tensor) -> None:
+    """Add a value to a ModelOutput, also under names that its class does not declare; sums with one that is there."""
+    present = outputs.get(name) if hasattr(outputs, "get") else None
+    outputs[name] = value if present is None else present + value
+
+
+def checkpointing_is_on(model: nn.Module) -> bool:
+    """Tell whether a transformers model recomputes activations (the flag is set on each block that does)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def world_size_of(trainer: Any) -> int:
+    """Return the factor by which Trainer multiplies a token-normalised loss to undo DDP's averaging (else 1)."""
+    if not trainer.args.average_tokens_across_devices:
+        return 1
+    if trainer.args.n_gpu > 1:
+        return trainer.args.n_gpu
+    processes = trainer.accelerator.num_processes
+    return processes // trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else processes
+
+
+def is_floating(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds plain floating values on a real device (not packed, not meta)."""
+    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.device.type != "meta"
+
+
+def _plain_linears() -> tuple[type, ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    return (nn.Linear, Conv1D)
+
+
+PLAIN_LINEARS = _plain_linears()
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return (d_in, d_out) of a linear layer of any backend, wrapped or not; None for anything else.
+
+    nn.Linear covers bitsandbytes, whose layers subclass it; other quantised layers are known by their attributes.
+    """
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    if isinstance(module, PLAIN_LINEARS[1]):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Module) and any(hasattr(module, name) for name in ("qweight", "W_q")):
+        sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+        return sizes if None not in sizes else None  # type: ignore[return-value]
+    return None

@@ -1,0 +1,256 @@
+"""MoloraConfig: everything that defines a routed adapter, one to one with the keys of a recipe's YAML.
+
+A recipe is a YAML whose top-level keys are the fields of this class, plus an optional `train:` mapping that only the
+command line reads. Unknown keys are errors, at every level, in recipes and in saved adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftConfig
+
+from .compat import MOLORA
+from .errors import ConfigError, LoadError, did_you_mean, raise_all
+from .experts.bank import FORMS
+from .paths import recipes_dir
+from .registry import Spec
+from .routing.links import links
+from .routing.losses import check_loss
+from .routing.price import check_price
+from .routing.router import GRANULARITIES, pools
+from .routing.schedules import build_schedule, is_schedule
+from .routing.scorers import scorers
+from .routing.selectors import selectors
+
+FORMAT_VERSION = 1
+SHARES = ("site", "block", "model")
+
+# The keys of `experts` and their defaults; `module` makes each wrapped layer of a block one expert (MiLoRA).
+EXPERTS: dict[str, Any] = {
+    "form": "lora",
+    "num": 8,
+    "rank": 8,
+    "alpha": 16,
+    "scaling": None,
+    "rslora": False,
+    "dropout": 0.0,
+    "frozen": [],
+    "init": "kaiming",
+}
+
+
+@dataclass
+class MoloraConfig(PeftConfig):
+    """A routed adapter: which layers, which experts, how they are routed, and what it costs.
+
+    Attributes:
+        recipe: name of the recipe it came from, for the record.
+        target_modules: as in PEFT: names, a regex, or `all-linear`.
+        exclude_modules: names or a regex of layers to leave alone.
+        modules_to_save: base modules trained and saved whole, such as a new head.
+        experts: `{form, num, rank, alpha, scaling, rslora, dropout, frozen, init}`. `form` is `lora`, `rank`,
+            `shared_a` or `module`. `num` may be a list, stretched over the depth (MoLA). `rank` may be a list, one per
+            expert. The delta is scaled by `scaling`, else alpha / rank (alpha / sqrt(rank) with `rslora`). `frozen` is
+            a list of experts, or `all`.
+        scorer, link, selector, price, pool: component specs, a name or `{name, **options}`.
+        granularity: `token`, `prompt` or `task`.
+        share: who shares a decision: `site` (nobody), `block` (the layers of one transformer block) or `model`.
+        losses: list of `{name, weight, over, **options}`.
+        layers: list of `{match, experts}`: regexes of module paths whose experts differ; the first match counts.
+        format_version: version of the saved layout.
+        fingerprint: of the base model, filled in by `wrap` (see molora/fingerprint.py).
+    """
+
+    recipe: str | None = None
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    experts: dict[str, Any] = field(default_factory=dict)
+    scorer: Spec = "linear"
+    link: Spec = "softmax"
+    selector: Spec = "softmax"
+    price: Spec | None = None
+    pool: Spec = "mean"
+    granularity: str = "token"
+    share: str = "site"
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+    fingerprint: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MOLORA
+        raise_all(self.problems(), ConfigError, "this configuration cannot work")
+        self.experts = {**EXPERTS, **self.experts}
+
+    def problems(self) -> list[str]:
+        """Return everything that is wrong with this configuration, without a model."""
+        found = _expert_problems(self.experts, "experts", partial=False)
+        for kind, registry in (("scorer", scorers), ("link", links), ("selector", selectors), ("pool", pools)):
+            found += registry.problems(getattr(self, kind)) + _schedule_problems(getattr(self, kind), kind)
+        found += check_price(self.price)
+        for loss in self.losses:
+            found += check_loss(loss)
+        if self.granularity not in GRANULARITIES:
+            found.append(f"granularity '{self.granularity}' is unknown{did_you_mean(self.granularity, GRANULARITIES)}")
+        if self.share not in SHARES:
+            found.append(f"share '{self.share}' is unknown{did_you_mean(self.share, SHARES)}")
+        found += self._combination_problems()
+        for entry in self.layers:
+            if not isinstance(entry, Mapping) or set(entry) != {"match", "experts"}:
+                found.append(f"layers entry {entry!r} must be {{match: <regex of module paths>, experts: {{...}}}}")
+            else:
+                found += _expert_problems(entry["experts"], "layers.experts", partial=True)
+        return found
+
+    def _combination_problems(self) -> list[str]:
+        found = []
+        scorer = self.scorer if isinstance(self.scorer, str) else self.scorer.get("name")
+        by_task = scorer in scorers and scorers.fact(scorer, "reads") == "task"
+        if (self.granularity == "task") != by_task:
+            found.append(
+                f"granularity '{self.granularity}' does not go with scorer '{scorer}': "
+                "task decisions need scorer: {name: table, num_tasks: ...}, and only they can use it"
+            )
+        if self.experts.get("form") == "module" and self.share != "block":
+            found.append(f"experts.form 'module' chooses among the layers of a block: set share: block, not {self.share}")
+        return found
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> MoloraConfig:
+        """Build the config of a saved adapter; unlike PEFT, unknown keys and newer formats are errors."""
+        kwargs.pop("peft_type", None)
+        version = kwargs.get("format_version", 0)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise LoadError(
+                f"this adapter was saved in format {version}, but this molora reads up to {FORMAT_VERSION}; "
+                "upgrade with pip install -U molora"
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = [f"key '{key}'{did_you_mean(key, known)}" for key in kwargs if key not in known]
+        raise_all(unknown, LoadError, "adapter_config.json holds unknown keys")
+        try:
+            return cls(**kwargs)
+        except ConfigError as error:
+            raise LoadError(f"adapter_config.json: {error}") from None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read a saved config as PEFT does, refusing folders whose weights could only be unpickled."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix != ".safetensors")
+        if folder.is_dir() and pickles and not (folder / "adapter_model.safetensors").exists():
+            raise LoadError(f"'{folder}' holds {pickles[0]}, a pickle, which molora never loads; save it as safetensors")
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain data, with sets sorted so that files are reproducible."""
+        return {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in super().to_dict().items()}
+
+
+def _expert_problems(experts: Any, where: str, partial: bool) -> list[str]:
+    if not isinstance(experts, Mapping):
+        return [f"{where} must be a mapping, got {experts!r}"]
+    found = [f"{where} has no key '{key}'{did_you_mean(key, EXPERTS)}" for key in experts if key not in EXPERTS]
+    full = experts if partial else {**EXPERTS, **experts}
+    forms = (*FORMS, "module")
+    if "form" in full and full["form"] not in forms:
+        found.append(f"{where}.form '{full['form']}' is unknown{did_you_mean(str(full['form']), forms)}")
+    for key in ("num", "rank"):
+        values = full.get(key, 1)
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+            found.append(f"{where}.{key} must be a whole number >= 1, or a list of them, got {full[key]!r}")
+    dropout = full.get("dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        found.append(f"{where}.dropout must be in [0, 1), got {dropout!r}")
+    frozen = full.get("frozen", [])
+    if frozen != "all" and not (isinstance(frozen, (list, tuple)) and all(isinstance(e, int) for e in frozen)):
+        found.append(f"{where}.frozen must be a list of expert numbers or 'all', got {frozen!r}")
+    return found
+
+
+def _schedule_problems(spec: Any, kind: str) -> list[str]:
+    if not isinstance(spec, Mapping):
+        return []
+    found = []
+    for key, value in spec.items():
+        if is_schedule(value):
+            try:
+                build_schedule(value)
+            except ConfigError as error:
+                found.append(f"{kind}.{key}: {error}")
+            if kind in ("scorer", "pool"):
+                found.append(f"{kind}.{key} cannot follow a schedule; link and selector options and loss weights can")
+    return found
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with molora."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a recipe, `train` included.
+
+    Args:
+        recipe: a name that comes with molora (`dynmole`), a path to a YAML, or a mapping.
+
+    Raises:
+        ConfigError: no such recipe, not a YAML mapping, or unknown keys.
+    """
+    if isinstance(recipe, Mapping):
+        content: Any = copy.deepcopy(dict(recipe))
+        name = "the given mapping"
+    else:
+        name, path = str(recipe), Path(recipe)
+        if path.suffix not in (".yaml", ".yml"):
+            path = recipes_dir() / f"{name}.yaml"
+        if not path.is_file():
+            raise ConfigError(f"recipe '{name}' is unknown{did_you_mean(name, recipe_names())}; or give a .yaml path")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe '{path}' is not readable YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"recipe '{path}' must be a mapping of keys, got {type(content).__name__}")
+        content.setdefault("recipe", path.stem)
+    known = {f.name for f in dataclasses.fields(MoloraConfig)} | {"train"}
+    unknown = [f"key '{key}'{did_you_mean(str(key), known)}" for key in content if key not in known]
+    raise_all(unknown, ConfigError, f"recipe '{name}' has unknown keys")
+    return content
+
+
+def build_config(recipe: str | Path | Mapping[str, Any] | MoloraConfig, changes: Mapping[str, Any]) -> MoloraConfig:
+    """Return the config of a recipe with changes on top; mappings such as `experts` are merged key by key.
+
+    A component given by another name replaces the recipe's component whole, since its options would not fit.
+    """
+    if isinstance(recipe, MoloraConfig):
+        base = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    else:
+        base = read_recipe(recipe)
+        base.pop("train", None)
+    base = copy.deepcopy(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        renamed = isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) != old.get("name")
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and not renamed:
+            base[key] = {**old, **value}
+        elif isinstance(value, Mapping) and isinstance(old, str) and "name" not in value:
+            base[key] = {"name": old, **value}
+        else:
+            base[key] = value
+    known = {f.name for f in dataclasses.fields(MoloraConfig)}
+    unknown = [f"'{key}'{did_you_mean(key, known)}" for key in base if key not in known]
+    raise_all(unknown, ConfigError, "unknown keys")
+    base.pop("peft_type", None)
+    return MoloraConfig(**base)

@@ -1,0 +1,139 @@
+"""What a user tells a wrapped model from outside: tasks, pinned gates, progress; and what he reads from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .layers import RoutedLinear
+from .plan import Report
+from .routing.router import Router
+from .routing.trace import Site, Trace
+from .routing.types import Context, Routing
+from .tuner import MoloraModel
+
+
+def tuner_of(model: nn.Module) -> MoloraModel:
+    """Return the MoloraModel inside a wrapped model, through PeftModel, DDP, compile and the like.
+
+    Raises:
+        ConfigError: the model was not wrapped by molora.
+    """
+    found = next((module for module in model.modules() if isinstance(module, MoloraModel)), None)
+    if found is None:
+        raise ConfigError(f"{type(model).__name__} holds no molora adapter; call molora.wrap(model, recipe) first")
+    return found
+
+
+def trace_of(model: nn.Module) -> Trace:
+    """Return the trace of a wrapped model."""
+    return tuner_of(model).trace
+
+
+def report(model: nn.Module, adapter: str = "default") -> Report:
+    """Return what wrapping did: layers wrapped and skipped, decisions per forward, parameters."""
+    reports = tuner_of(model).reports
+    if adapter not in reports:
+        raise ConfigError(f"adapter '{adapter}' is unknown; the model has: {', '.join(reports)}")
+    return reports[adapter]
+
+
+def routed_layers(model: nn.Module, adapter: str = "default") -> dict[str, RoutedLinear]:
+    """Return the routed layers of one adapter by the path of the layer in the base model."""
+    layers = {
+        module.sites[adapter].name: module
+        for module in model.modules()
+        if isinstance(module, RoutedLinear) and adapter in module.sites
+    }
+    if not layers:
+        raise ConfigError(f"adapter '{adapter}' is unknown; the model has: {', '.join(tuner_of(model).reports)}")
+    return layers
+
+
+@contextmanager
+def using(model: nn.Module, **own: Any) -> Iterator[None]:
+    """Give every forward inside the block `task_ids` (B,) or `prompt_mask` (B, S), also those of generate()."""
+    hooks = tuner_of(model).hooks
+    unknown = set(own) - {"task_ids", "prompt_mask"}
+    if unknown:
+        raise ConfigError(f"using() knows task_ids and prompt_mask, not {', '.join(sorted(unknown))}")
+    before = hooks.given
+    hooks.given = {**before, **own}
+    try:
+        yield
+    finally:
+        hooks.given = before
+
+
+@contextmanager
+def pin(model: nn.Module, gates: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
+    """Replace every routing decision inside the block by fixed gates.
+
+    Args:
+        model: a wrapped model.
+        gates: (E,), (B, 1, E) or (B, S, E) for all layers, or a mapping from layer path to such a tensor.
+    """
+    trace = trace_of(model)
+    before = trace.pins
+    trace.pins = dict(gates) if isinstance(gates, Mapping) else gates
+    try:
+        yield
+    finally:
+        trace.pins = before
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[dict[str, Routing]]:
+    """Collect the decisions of the forwards inside the block: a dict from layer path to its latest Routing."""
+    trace = trace_of(model)
+    log: dict[str, Routing] = {}
+
+    def reader(site: Site, routing: Routing, ctx: Context) -> None:
+        log[site.name] = routing.detach()
+
+    trace.readers.append(reader)
+    try:
+        yield log
+    finally:
+        trace.readers.remove(reader)
+
+
+def add_aux(model: nn.Module, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
+    """Add the auxiliary loss of the latest training forward to `loss`, for loops without a Trainer.
+
+    Exact under both kinds of gradient checkpointing. A forward that was given labels has added it to `outputs.loss`
+    already, and then `loss` comes back as it is.
+
+    Args:
+        model: a wrapped model.
+        loss: the scalar that will be differentiated.
+        share: this micro-batch's part of the optimizer batch. Pass 1 (the default) when you divide the result by the
+            number of micro-batches; pass tokens here / tokens in all when your loss is scaled that way already.
+    """
+    return trace_of(model).aux.add_to(loss, share)
+
+
+def drop_aux(model: nn.Module) -> None:
+    """Discard the auxiliary loss of the latest training forward on purpose."""
+    trace_of(model).aux.used = True
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Tell schedules how far training is, in [0, 1]; `molora.attach(trainer)` does this for you."""
+    if not 0 <= progress <= 1:
+        raise ConfigError(f"progress must be in [0, 1], got {progress}")
+    trace_of(model).progress = float(progress)
+
+
+def settle(model: nn.Module) -> None:
+    """Move the prices of all routers by what they counted; call it after each optimizer step of your own loop.
+
+    `molora.attach(trainer)` does this for you, and saving an adapter does it too.
+    """
+    for module in model.modules():
+        if isinstance(module, Router) and module.price is not None:
+            module.price.settle()

@@ -1,0 +1,1 @@
+"""What gates multiply: stacked low-rank experts."""

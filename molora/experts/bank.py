@@ -1,0 +1,211 @@
+"""ExpertBank: the experts of one site, stacked, so that one product serves all of them.
+
+    delta = scaling * B ((A dropout(x)) * spread(gates))        A: (R, d_in)   B: (d_out, R)
+
+Three forms fill the same stack: `lora` (one low-rank pair per expert; `spread` repeats each gate over its ranks),
+`rank` (every rank is an expert; `spread` is the identity) and `shared_a` (one A for all, one B per expert).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..kernels.dense import dense, dense_shared
+
+FORMS = ("lora", "rank", "shared_a")
+
+
+class ExpertBank(nn.Module):
+    """Stacked low-rank experts of one site.
+
+    Args:
+        d_in, d_out: sizes of the base layer.
+        ranks: rank of each expert; all 1 for form `rank`, all equal for `shared_a`.
+        form: `lora`, `rank` or `shared_a`.
+        scaling: multiplies the whole delta (alpha / r in LoRA's terms).
+        dropout: on the input of the experts, in training.
+        frozen: expert indices whose A and B get no gradient and no weight decay (forms `lora` and `rank` only), or
+            "all" for a bank whose router alone is trained.
+        init: `kaiming` (uniform with a = sqrt(5), as LoRA) or the standard deviation of a normal, for A; B is zero,
+            so that a fresh bank changes nothing.
+
+    Raises:
+        ConfigError: the arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        ranks: Sequence[int],
+        *,
+        form: str = "lora",
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        frozen: Sequence[int] | Literal["all"] = (),
+        init: str | float = "kaiming",
+    ) -> None:
+        super().__init__()
+        self.d_in, self.d_out, self.form, self.scaling = d_in, d_out, form, float(scaling)
+        self.ranks = tuple(int(rank) for rank in ranks)
+        self.all_frozen = frozen == "all"
+        self.frozen = () if frozen == "all" else tuple(sorted(set(frozen)))
+        _check(self.ranks, form, dropout, self.frozen)
+        if self.scaling == 0:
+            raise ConfigError("experts.scaling must not be 0: the experts would never act")
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        self._live = [e for e in range(self.num_experts) if e not in self.frozen]
+        self.A, self.B = self._new(self._live, init)
+        # Frozen experts are parameters of their own: a gradient mask would still let weight decay move them.
+        self.frozen_A, self.frozen_B = self._new(list(self.frozen), init) if self.frozen else (None, None)
+        self._order = self._stack_order()
+        self.freeze()
+
+    def _new(self, experts: list[int], init: str | float) -> tuple[nn.Parameter, nn.Parameter]:
+        width = sum(self.ranks[e] for e in experts)
+        A = nn.Parameter(torch.empty(self.ranks[0] if self.form == "shared_a" else width, self.d_in))
+        B = nn.Parameter(torch.zeros(self.d_out, width))
+        if init == "kaiming":
+            # the bound depends on d_in only, so one call over the stack equals one per expert
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        elif isinstance(init, (int, float)) and not isinstance(init, bool) and init > 0:
+            nn.init.normal_(A, std=float(init))
+        else:
+            raise ConfigError(f"experts.init {init!r} is unknown; write 'kaiming' or a standard deviation like 0.02")
+        return A, B
+
+    def _stack_order(self) -> list[int] | None:
+        """Return where each rank of expert order lies in the stack [trainable, frozen]; None when in order already."""
+        stored = self._live + list(self.frozen)
+        if stored == sorted(stored):
+            return None
+        start, at = {}, 0
+        for expert in stored:
+            start[expert], at = at, at + self.ranks[expert]
+        return [start[e] + i for e in range(self.num_experts) for i in range(self.ranks[e])]
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts E."""
+        return len(self.ranks)
+
+    def freeze(self) -> None:
+        """Make sure that frozen experts are not trainable; PEFT switches all parameters on with its adapters."""
+        if self.all_frozen:
+            self.requires_grad_(False)
+        if self.frozen_A is not None and self.frozen_B is not None:
+            self.frozen_A.requires_grad_(False)
+            self.frozen_B.requires_grad_(False)
+
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """Return A (R, d_in) and B (d_out, R) with the ranks of expert 0 first, then expert 1, ..."""
+        if self.frozen_A is None or self.frozen_B is None:
+            return self.A, self.B
+        A, B = torch.cat([self.A, self.frozen_A]), torch.cat([self.B, self.frozen_B], dim=1)
+        if self._order is not None:
+            A, B = A[self._order], B[:, self._order]
+        return A, B
+
+    def spread(self, gates: Tensor) -> Tensor:
+        """Repeat gates (..., E) over the ranks of each expert -> (..., R)."""
+        if self.form == "rank":
+            return gates
+        rank = self.ranks[0]
+        if all(r == rank for r in self.ranks):
+            return gates if rank == 1 else gates[..., None].expand(*gates.shape, rank).flatten(-2)
+        repeats = torch.tensor(self.ranks, device=gates.device)
+        return gates.repeat_interleave(repeats, dim=-1, output_size=sum(self.ranks))
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Return the delta (..., d_out) in A's dtype, for x (..., d_in) and gates (..., E) that broadcast to x."""
+        A, B = self.stack()
+        x = x.to(A.dtype)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        gates = (gates * self.scaling).to(A.dtype)
+        if self.form == "shared_a":
+            return dense_shared(x, A, B, gates)
+        return dense(x, A, B, self.spread(gates))
+
+    def pair(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Return copies of A (r, d_in) and B (d_out, r) of one expert, without the bank's scaling."""
+        A, B = self.stack()
+        start = sum(self.ranks[:expert])
+        ranks = slice(start, start + self.ranks[expert])
+        A = A if self.form == "shared_a" else A[ranks]
+        return A.detach().clone(), B[:, ranks].detach().clone()
+
+    @torch.no_grad()
+    def write(self, slot: int, A: Tensor, B: Tensor, scale: float = 1.0) -> None:
+        """Write one expert in place: A (r', d_in), B (d_out, r') with r' <= the slot's rank; the rest becomes zero.
+
+        `scale` is the expert's own scale; it is folded into B so that `scaling * B A` equals `scale * B A` as given.
+
+        Raises:
+            ConfigError: the slot does not exist, or the tensors do not fit it.
+        """
+        if not 0 <= slot < self.num_experts:
+            raise ConfigError(f"slot {slot} does not exist; the bank has {self.num_experts} experts")
+        if self.form == "shared_a":
+            raise ConfigError("a bank with one shared A has no slots to write; use form: lora")
+        rank = self.ranks[slot]
+        fits = A.dim() == B.dim() == 2 and A.shape[1] == self.d_in and B.shape[0] == self.d_out
+        if not fits or A.shape[0] != B.shape[1] or A.shape[0] > rank:
+            raise ConfigError(
+                f"expert of A {tuple(A.shape)}, B {tuple(B.shape)} does not fit slot {slot}: "
+                f"need A (r, {self.d_in}), B ({self.d_out}, r) with r <= {rank}"
+            )
+        where = list(self.frozen) if slot in self.frozen else self._live
+        target_A = self.frozen_A if slot in self.frozen else self.A
+        target_B = self.frozen_B if slot in self.frozen else self.B
+        assert target_A is not None and target_B is not None
+        start = sum(self.ranks[e] for e in where[: where.index(slot)])
+        target_A[start : start + rank] = 0
+        target_B[:, start : start + rank] = 0
+        target_A[start : start + A.shape[0]] = A.to(target_A)
+        target_B[:, start : start + A.shape[0]] = B.to(target_B) * (scale / self.scaling)
+
+    def delta_weight(self, gates: Tensor) -> Tensor:
+        """Return the weight change (d_out, d_in) of constant gates (E,): `scaling * sum_e g_e B_e A_e`."""
+        A, B = self.stack()
+        weighted = B * (self.spread(gates.to(B)) * self.scaling)
+        if self.form == "shared_a":
+            weighted = weighted.unflatten(1, (self.num_experts, -1)).sum(1)
+        return weighted @ A
+
+    @torch.no_grad()
+    def permute(self, order: Tensor) -> None:
+        """Put the experts in another order; needs equal ranks and no frozen experts."""
+        if self.frozen or len(set(self.ranks)) > 1:
+            raise ConfigError("experts of different ranks, or partly frozen, cannot be permuted in place")
+        rank = self.ranks[0]
+        rows = (order[:, None] * rank + torch.arange(rank)).flatten()
+        if self.form != "shared_a":
+            self.A.copy_(self.A[rows])
+        self.B.copy_(self.B[:, rows])
+
+
+def _check(ranks: tuple[int, ...], form: str, dropout: float, frozen: Sequence[int]) -> None:
+    if form not in FORMS:
+        raise ConfigError(f"experts.form {form!r} is unknown; known: {', '.join(FORMS)}")
+    if not ranks or min(ranks) < 1:
+        raise ConfigError(f"experts need at least one expert of rank >= 1, got ranks {list(ranks)}")
+    if form == "rank" and set(ranks) != {1}:
+        raise ConfigError(f"form 'rank' makes every rank an expert: set rank: 1 and num: <total rank>, got {ranks[0]}")
+    if form == "shared_a" and len(set(ranks)) > 1:
+        raise ConfigError(f"form 'shared_a' needs one rank for all experts, got {sorted(set(ranks))}")
+    if form == "shared_a" and frozen:
+        raise ConfigError("form 'shared_a' cannot freeze single experts, since they share A")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"experts.dropout must be in [0, 1), got {dropout}")
+    wrong = [e for e in frozen if not 0 <= e < len(ranks)]
+    if wrong:
+        raise ConfigError(f"experts.frozen names {wrong}, but there are experts 0 to {len(ranks) - 1}")
+    if frozen and len(set(frozen)) == len(ranks):
+        raise ConfigError("experts.frozen names every expert; write frozen: all")

@@ -1,0 +1,192 @@
+"""ForwardHooks: what surrounds every forward of a wrapped base model.
+
+Before it, the masks, labels and task ids are read from the arguments and a pass of the trace is opened; after it, the
+auxiliary loss is added to the model's own loss with this micro-batch's token share, and reported as
+`outputs.aux_loss`. The hooks sit on the base model, so they work under any wrapper: PeftModel, DDP, Trainer, compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compat import (
+    Arguments,
+    add_output,
+    checkpointing_is_on,
+    encoder_of,
+    is_encoder_decoder,
+    labels_are_shifted,
+    tokens_in_cache,
+)
+from .errors import RoutingError
+from .routing.trace import Pass, Trace
+from .routing.types import Context
+
+# Arguments that the hooks take for themselves and the base model never sees.
+OWN_ARGUMENTS = ("task_ids", "prompt_mask")
+
+
+class ForwardHooks:
+    """Opens and closes the passes of one base model.
+
+    Args:
+        model: the base model, whose forward is watched.
+        trace: the trace of its routed layers.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.trace = trace
+        self.given: dict[str, Any] = {}  # task_ids and prompt_mask set with molora.using(), for every forward
+        self.arguments = Arguments(model.forward)
+        self.takes_pairs = is_encoder_decoder(model)
+        self.shifted = labels_are_shifted(model)
+        self.share: Tensor | float = 1.0
+        self._own: dict[str, Any] = {}  # of the forward that is open
+        self._grads_into_inputs = False
+        model.register_forward_pre_hook(self.before, with_kwargs=True)
+        model.register_forward_hook(self.after, with_kwargs=True)
+        encoder = encoder_of(model)
+        self.encoder_path = encoder[0] if encoder else None
+        if encoder:
+            self.encoder_arguments = Arguments(encoder[1].forward)
+            encoder[1].register_forward_pre_hook(self.before_encoder, with_kwargs=True)
+
+    # --- before -----------------------------------------------------------------------------------------------------
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Open a pass; takes `task_ids` and `prompt_mask` out of the arguments."""
+        own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
+        kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
+        self._own = own = {**self.given, **{name: value for name, value in own.items() if value is not None}}
+        get = self.arguments.get
+        collecting = module.training and torch.is_grad_enabled()
+        if collecting and not self._grads_into_inputs and checkpointing_is_on(module):
+            # a frozen embedding gives checkpointed blocks inputs without grad, and reentrant checkpointing then
+            # drops every gradient inside them
+            module.enable_input_require_grads()
+            self._grads_into_inputs = True
+        new = Pass(collecting=collecting, cache=get(args, kwargs, "past_key_values", "cache_params"))
+        new.continuing = tokens_in_cache(new.cache) > 0
+        labels = get(args, kwargs, "labels")
+        if self.takes_pairs:
+            self._describe_pairs(new, args, kwargs, labels, own)
+        else:
+            tokens = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
+            valid = _valid(get(args, kwargs, "attention_mask"), tokens)
+            prompt = own.get("prompt_mask")
+            if prompt is None and self.shifted:
+                prompt = _prompt(labels, tokens)
+            self._describe(new, "main", tokens, valid, prompt, own)
+        if collecting:
+            self.share = self._token_share(labels, kwargs.get("num_items_in_batch"))
+        self.trace.open(new)
+        if new.continuing and self._routes_by_prompt():
+            new.decisions = self.trace.resume(new.cache)
+        return args, kwargs
+
+    def _describe(self, new: Pass, stack: str, tokens: Any, valid: Any, prompt: Any, own: dict[str, Any]) -> None:
+        if prompt is not None and tokens is not None and tuple(prompt.shape) != tokens:
+            raise RoutingError(f"prompt_mask has shape {tuple(prompt.shape)}, but the input has {tokens}")
+        new.contexts[stack] = Context(
+            valid=valid,
+            prompt=None if prompt is None else prompt.bool(),
+            task_ids=own.get("task_ids"),
+            progress=self.trace.progress,
+            training=new.collecting,
+        )
+        if tokens is not None:
+            new.shape[stack] = tokens
+
+    def _describe_pairs(self, new: Pass, args: Any, kwargs: Any, labels: Any, own: dict[str, Any]) -> None:
+        get = self.arguments.get
+        decoder_ids = get(args, kwargs, "decoder_input_ids", "decoder_inputs_embeds")
+        # without decoder inputs the model makes them by shifting the labels
+        tokens = _shape(decoder_ids, get(args, kwargs, "decoder_inputs_embeds")) or _shape(labels, None)
+        valid = _valid(get(args, kwargs, "decoder_attention_mask"), tokens)
+        # The prompt of a decoder is its start token: through cross-attention it has seen the whole input.
+        prompt = None
+        if tokens is not None:
+            prompt = torch.zeros(tokens, dtype=torch.bool, device=_device(decoder_ids, labels))
+            prompt[:, 0] = True
+        self._describe(new, "main", tokens, valid, prompt, own)
+        source = get(args, kwargs, "attention_mask")
+        states = get(args, kwargs, "encoder_outputs")
+        rows = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
+        rows = rows or _shape(states[0] if states is not None else None, states[0] if states is not None else None)
+        self._describe(new, "cross", rows, _valid(source, rows), None, own)
+
+    def before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the trace the mask of an encoder, which generate() runs before and outside of the model's forward."""
+        get = self.encoder_arguments.get
+        tokens = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
+        context = Context(
+            valid=_valid(get(args, kwargs, "attention_mask"), tokens),
+            task_ids=(self._own or self.given).get("task_ids"),
+            progress=self.trace.progress,
+            training=module.training and torch.is_grad_enabled(),
+        )
+        if tokens is not None:
+            self.trace.amend("encoder", context, tokens)
+
+    def _token_share(self, labels: Any, total: Any) -> Tensor | float:
+        """Return this micro-batch's part of the supervised tokens of the optimizer batch, counted as Trainer does."""
+        if total is None or labels is None:
+            return 1.0
+        counted = labels[..., 1:] if self.shifted else labels
+        return (counted != -100).sum() / total
+
+    def _routes_by_prompt(self) -> bool:
+        return any(plan.by_prompt for plan in self.trace.plans.values())
+
+    # --- after ------------------------------------------------------------------------------------------------------
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
+        """Add the auxiliary loss to the model's loss, report it, and close the pass."""
+        collecting, self._own = self.trace.is_collecting, {}
+        cache = getattr(outputs, "past_key_values", None)
+        self.trace.close(cache if cache is not None else getattr(outputs, "cache_params", None))
+        if not collecting:
+            return outputs
+        aux = self.trace.aux
+        value = aux.value()
+        if value is None:
+            return outputs
+        has_labels = self.arguments.get(args, kwargs, "labels") is not None
+        if isinstance(outputs, tuple):
+            if has_labels and outputs and isinstance(outputs[0], Tensor):
+                return (aux.add_to(outputs[0], self.share), *outputs[1:])
+            return outputs
+        if getattr(outputs, "loss", None) is not None:
+            outputs["loss"] = aux.add_to(outputs["loss"], self.share)
+        add_output(outputs, "aux_loss", value)
+        return outputs
+
+
+def _shape(ids: Any, embeds: Any) -> tuple[int, int] | None:
+    """Return (B, S) of token ids (B, S) or embeddings (B, S, d)."""
+    if not isinstance(ids, Tensor):
+        return None
+    if ids is embeds or ids.dim() == 3:
+        return tuple(ids.shape[:2])  # type: ignore[return-value]
+    return tuple(ids.shape) if ids.dim() == 2 else None  # type: ignore[return-value]
+
+
+def _valid(mask: Any, tokens: tuple[int, int] | None) -> Tensor | None:
+    """Return (B, S) bool from a 2-D attention mask, which is longer than the input in cached decoding."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None:
+        return None
+    return mask[:, -tokens[1] :].bool() if mask.shape[1] >= tokens[1] else None
+
+
+def _prompt(labels: Any, tokens: tuple[int, int] | None) -> Tensor | None:
+    """Return (B, S) bool: the positions before the first supervised one; None when labels are not per token."""
+    if not isinstance(labels, Tensor) or tokens is None or tuple(labels.shape) != tokens:
+        return None
+    return (labels != -100).long().cumsum(1) == 0
+
+
+def _device(*tensors: Any) -> Any:
+    return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), None)

@@ -1,0 +1,116 @@
+"""RoutedLinear: a frozen linear layer plus the routed experts of each active adapter.
+
+    y = W x + sum over active adapters of bank(x, gates)
+
+The base layer is called, never read or subclassed, so quantised and Conv1D bases work as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .errors import RoutingError
+from .experts.bank import ExpertBank
+from .routing.router import Router
+from .routing.trace import Site, Trace
+
+
+class RoutedLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with routed low-rank experts.
+
+    Args:
+        base_layer: the untouched layer: nn.Linear, Conv1D or any quantised linear.
+        d_in, d_out: its sizes.
+        trace: the trace of the model.
+    """
+
+    # PEFT walks these containers, keyed by adapter name, to switch, freeze, cast, save and delete adapters.
+    adapter_layer_names: tuple[str, ...] = ("molora_bank", "molora_router")
+    other_param_names: tuple[str, ...] = ("sites",)
+
+    def __init__(self, base_layer: nn.Module, d_in: int, d_out: int, trace: Trace) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.d_in, self.d_out = d_in, d_out
+        self.trace = trace
+        self.molora_bank = nn.ModuleDict()
+        self.molora_router = nn.ModuleDict()  # only at the sites that take decisions
+        self.sites: dict[str, Site] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def add(self, adapter: str, bank: ExpertBank) -> None:
+        """Give this layer the experts of one adapter; the tuner adds the site and the router once all are known."""
+        self.molora_bank[adapter] = bank
+        self._move_adapter_to_device_of_base_layer(adapter, device=self._device())
+
+    def _device(self) -> torch.device | None:
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own version also casts adapters to the dtype of the base; ours stay float32.
+        device = device or self._device()
+        for container in (self.molora_bank, self.molora_router):
+            if adapter_name in container and device is not None and device.type != "meta":
+                module = container[adapter_name]
+                if not any(p.device.type == "meta" for p in module.parameters()):
+                    module.to(device)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        # PEFT calls this after every change of requires_grad.
+        for bank in self.molora_bank.values():
+            bank.freeze()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the base layer and the routed experts to x (..., d_in) -> (..., d_out)."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for adapter in self.active_adapters:
+            if adapter not in self.molora_bank:
+                continue
+            router = self.molora_router[adapter] if adapter in self.molora_router else None
+            gates = self.trace.decide(self.sites[adapter], router, x)
+            # out of place: 8-bit bases refuse in-place writes on their output
+            y = y + self.molora_bank[adapter](x, gates).to(y.dtype)
+        return y
+
+    def constant_gates(self, adapter: str) -> Tensor:
+        """Return gates (E,) that do not depend on the input; raise RoutingError when they do."""
+        bank = self.molora_bank[adapter]
+        if adapter in self.molora_router and bank.num_experts == 1:
+            router = self.molora_router[adapter]
+            if router.num_experts == 1 and router.link.function.__name__ == "softmax":
+                return torch.ones(1)
+        raise RoutingError("the mixture depends on its input")
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the weight change of a constant mixture, in the layout of the base weight."""
+        delta = self.molora_bank[adapter].delta_weight(self.constant_gates(adapter))
+        return delta.T if getattr(self.get_base_layer(), "nf", None) is not None else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add constant mixtures to the base weight; the tuner has already refused what cannot be merged."""
+        for adapter in adapter_names or self.active_adapters:
+            if adapter not in self.molora_bank or adapter in self.merged_adapters:
+                continue
+            weight = self.get_base_layer().weight
+            merged = weight.data + self.get_delta_weight(adapter).to(weight)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"adapter '{adapter}' holds NaN or Inf; it was not merged")
+            weight.data = merged
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take merged mixtures out of the base weight again."""
+        while self.merged_adapters:
+            weight = self.get_base_layer().weight
+            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight)
+
+    def __repr__(self) -> str:
+        return "molora." + super().__repr__()

@@ -1,0 +1,210 @@
+"""Selectors: probs (B, S, E) -> gates (B, S, E), float32.
+
+A selector is a function `(probs, ctx, *, options) -> gates`. Published systems differ in four places, and each is an
+explicit option here (names in brackets are the options):
+
+- which experts stay: the top k, or the shortest prefix whose probability reaches p, with the expert that crosses p
+  kept or not (`crossing`);
+- what weighs them (`weight`): `prob`, a constant `omega`, or the `biased` score that selected them (prob - price);
+- how the weights are scaled (`normalise`): `none`, `sum1` (they sum to 1) or `sumk` (they sum to how many stay);
+- what gradient the router gets (`grad`): `soft` (through the weights), `straight_through` (the value of the gate, the
+  gradient of the prob, to all experts), `policy` (none here: a policy loss reads `log_prob_of_selection`) or `none`.
+
+With k = 1 and `sum1` the gate is the constant 1 and a soft gradient is exactly zero: use `none`, or straight_through.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..registry import Registry
+from .entropy import entropies
+from .types import Context
+
+selectors = Registry("selector")
+
+_SWITCHES = {
+    "normalise": ("none", "sum1", "sumk"),
+    "weight": ("prob", "const", "biased"),
+    "grad": ("soft", "straight_through", "policy", "none"),
+    "crossing": ("include", "exclude"),
+}
+
+
+def _check_switches(**values: str) -> None:
+    for name, value in values.items():
+        if value not in _SWITCHES[name]:
+            raise ConfigError(f"selector option {name}={value!r} is unknown; known: {', '.join(_SWITCHES[name])}")
+
+
+def weigh(
+    probs: Tensor,
+    mask: Tensor,
+    price: Tensor | None = None,
+    *,
+    normalise: str = "none",
+    weight: str = "prob",
+    omega: float = 1.0,
+    grad: str = "soft",
+) -> Tensor:
+    """Turn a selection into gates.
+
+    Args:
+        probs: (B, S, E).
+        mask: (B, S, E) bool, the experts that stay.
+        price: (E,) what was subtracted from probs to select; read by `weight='biased'`.
+        normalise, weight, omega, grad: the switches of the module docstring.
+    """
+    if weight == "const":
+        values = torch.full_like(probs, omega)
+    elif weight == "biased" and price is not None:
+        values = probs - price
+    else:
+        values = probs
+    gates = values * mask
+    if normalise != "none":
+        total = gates.sum(-1, keepdim=True)
+        # a sum of 0 means that nothing is selected (or everything selected weighs 0): the gates stay 0
+        gates = gates / torch.where(total == 0, torch.ones_like(total), total)
+        if normalise == "sumk":
+            gates = gates * mask.sum(-1, keepdim=True)
+    if grad == "straight_through":
+        return gates.detach() + probs - probs.detach()
+    return gates if grad == "soft" else gates.detach()
+
+
+def log_prob_of_selection(probs: Tensor, gates: Tensor) -> Tensor:
+    """Return (B, S): log-probability of drawing the selected experts without replacement, likeliest first.
+
+    `sum_j log(p_j / (1 - sum_{j' < j} p_j'))` over the selected experts in falling order of probability (the
+    Plackett-Luce form of ReMix, arXiv 2603.10160). The gradient reaches probs; it is what `grad='policy'` trains with.
+    """
+    picked = torch.where(gates != 0, probs, torch.zeros_like(probs)).sort(-1, descending=True).values
+    left = (1 - (picked.cumsum(-1) - picked)).clamp_min(torch.finfo(probs.dtype).eps)
+    chosen = picked > 0
+    ratio = torch.where(chosen, picked / left, torch.ones_like(picked))
+    return ratio.log().sum(-1)
+
+
+@selectors.register("softmax")
+def softmax(probs: Tensor, ctx: Context, *, grad: str = "soft") -> Tensor:
+    """Keep every expert with its probability (soft mixture; MoLoRA, arXiv 2309.05444, HydraLoRA, arXiv 2404.19245)."""
+    _check_switches(grad=grad)
+    return probs if grad in ("soft", "straight_through") else probs.detach()
+
+
+@selectors.register("top_k", given=("price",))
+def top_k(
+    probs: Tensor,
+    ctx: Context,
+    *,
+    k: int = 2,
+    normalise: str = "sum1",
+    weight: str = "prob",
+    omega: float = 1.0,
+    grad: str = "soft",
+    clamp: bool = False,
+    price: Tensor | None = None,
+) -> Tensor:
+    """Keep the k experts of highest `prob - price` (Mixtral-style with `sum1`; MoLA, arXiv 2402.08562).
+
+    Options:
+        clamp: allow k > E and keep all E there, for models with fewer experts in some layers; otherwise an error.
+    """
+    _check_switches(normalise=normalise, weight=weight, grad=grad)
+    experts = probs.shape[-1]
+    if k < 1 or (k > experts and not clamp):
+        raise ConfigError(f"top_k needs 1 <= k <= number of experts, got k={k} with {experts}; or set clamp: true")
+    biased = probs if price is None else probs - price
+    chosen = biased.detach().topk(min(k, experts), dim=-1).indices
+    mask = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, chosen, True)
+    return weigh(probs, mask, price, normalise=normalise, weight=weight, omega=omega, grad=grad)
+
+
+def nucleus(probs: Tensor, p: float, crossing: str, min_k: int) -> Tensor:
+    """Return (B, S, E) bool: the most probable experts up to a mass of p, at least `min_k` of them.
+
+    Works on the mass that comes before an expert: a running sum in float32 can pass 1 early and drop the last expert.
+    """
+    ranked = probs.detach().sort(-1, descending=True)
+    before = ranked.values.cumsum(-1) - ranked.values
+    if p >= 1:
+        kept = torch.ones_like(before, dtype=torch.bool)
+    elif crossing == "include":
+        kept = before < p
+    else:
+        kept = before + ranked.values <= p
+    kept[..., : min(min_k, probs.shape[-1])] = True
+    return torch.zeros_like(kept).scatter(-1, ranked.indices, kept)
+
+
+@selectors.register("top_p")
+def top_p(
+    probs: Tensor,
+    ctx: Context,
+    *,
+    p: float = 0.75,
+    crossing: str = "include",
+    min_k: int = 1,
+    normalise: str = "none",
+    weight: str = "prob",
+    omega: float = 1.0,
+    grad: str = "soft",
+) -> Tensor:
+    """Keep the most probable experts until their mass reaches p (Dynamic MoE, arXiv 2403.07652).
+
+    Options:
+        p: the mass, in [0, 1]; 1 keeps all experts.
+        crossing: `include` keeps the expert that crosses p (the usual nucleus), `exclude` drops it.
+        min_k: how many to keep at least.
+    """
+    _check_switches(normalise=normalise, weight=weight, grad=grad, crossing=crossing)
+    _check_nucleus("top_p", p, min_k)
+    mask = nucleus(probs, p, crossing, min_k)
+    return weigh(probs, mask, normalise=normalise, weight=weight, omega=omega, grad=grad)
+
+
+def _check_nucleus(name: str, p: float, min_k: int) -> None:
+    if not 0 <= p <= 1:
+        raise ConfigError(f"{name} needs 0 <= p <= 1, got p={p}")
+    if min_k < 0:
+        raise ConfigError(f"{name} needs min_k >= 0, got {min_k}")
+
+
+@selectors.register("entropy_switch")
+def entropy_switch(
+    probs: Tensor,
+    ctx: Context,
+    *,
+    threshold: float = 0.9,
+    entropy: str = "tsallis",
+    q: float = 1.1,
+    p: float = 0.75,
+    crossing: str = "exclude",
+    min_k: int = 2,
+    normalise: str = "none",
+    weight: str = "prob",
+    omega: float = 1.0,
+    grad: str = "soft",
+) -> Tensor:
+    """Uncertain tokens use all experts, confident ones their nucleus (DynMoLE, arXiv 2504.00661).
+
+    A token is uncertain when the normalised entropy of its probs exceeds `threshold`. The defaults are the authors'
+    code: Tsallis with q = 1.1, the crossing expert dropped, at least 2 experts, gates not renormalised. Whether the
+    paper itself renormalises or keeps the crossing expert could not be verified. Probs of links other than softmax
+    are divided by their sum for the entropy only.
+
+    Options:
+        threshold: in [0, 1]; 1 never switches to all experts, a negative value always does.
+        entropy: `tsallis`, `renyi` (both of order q) or `shannon`.
+        p, crossing, min_k: the nucleus, as in top_p.
+    """
+    _check_switches(normalise=normalise, weight=weight, grad=grad, crossing=crossing)
+    _check_nucleus("entropy_switch", p, min_k)
+    measure = entropies.get(entropy)
+    shares = probs.detach() / probs.detach().sum(-1, keepdim=True)
+    uncertain = (measure(shares) if entropy == "shannon" else measure(shares, q=q)) > threshold
+    mask = nucleus(probs, p, crossing, min_k) | uncertain[..., None]
+    return weigh(probs, mask, normalise=normalise, weight=weight, omega=omega, grad=grad)

@@ -1,0 +1,290 @@
+"""Trace: what one forward of one model knows and decides.
+
+The tuner opens a pass before each forward of the base model and closes it after; every routed layer asks `decide` for
+its gates. This is the only place that knows per-site, per-block, per-prompt, per-task and pinned routing apart.
+
+A pass lives until the next one: gradient checkpointing runs layers again in backward, after the forward has closed,
+and must find the same masks and decisions. The latest pass with gradients is kept apart, so that forwards without
+gradients in between (a reference model, an evaluation) do not disturb it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AuxLossError, RoutingError
+from .auxiliary import AuxLoss, in_backward
+from .losses import WeightedLoss
+from .router import Router
+from .types import Context, Routing
+
+
+@dataclass(frozen=True)
+class Site:
+    """One routed layer of one adapter, as the trace sees it.
+
+    Attributes:
+        name: module path of the layer.
+        adapter: PEFT adapter name.
+        group: sites of one group share a decision.
+        shared: whether the group has other sites too.
+        leads: whether this site takes the decision of its group (and holds its router).
+        stack: which masks describe its input: `main`, `encoder`, or `cross` (encoder states read by a decoder).
+        column: the one gate that belongs to this site when the experts are the sites of a block, else None.
+    """
+
+    name: str
+    adapter: str
+    group: str
+    shared: bool = False
+    leads: bool = True
+    stack: str = "main"
+    column: int | None = None
+
+
+@dataclass
+class Pass:
+    """The state of one forward.
+
+    Attributes:
+        contexts: Context per stack.
+        shape: (B, S) of the tokens of each stack, where known; tells flattened inputs apart.
+        collecting: whether auxiliary losses and choices are collected (a training forward with gradients).
+        cache: the key-value cache object of this forward, if any.
+        continuing: whether the cache already held tokens, so that per-prompt decisions are reused.
+    """
+
+    contexts: dict[str, Context] = field(default_factory=dict)
+    shape: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    collecting: bool = False
+    cache: Any = None
+    continuing: bool = False
+    decisions: dict[str, Routing] = field(default_factory=dict)
+    per_prompt: set[str] = field(default_factory=set)  # groups whose decision outlives the forward, with its cache
+    aux: AuxLoss = field(default_factory=AuxLoss)
+
+
+@dataclass
+class Plan:
+    """What an adapter asks of the trace: its losses, how many decisions one forward takes, and per what."""
+
+    losses: list[WeightedLoss]
+    decisions: int
+    by_prompt: bool = False
+
+
+Reader = Callable[[Site, Routing, Context], None]
+
+
+class Trace:
+    """The decisions of a model, forward by forward.
+
+    Attributes:
+        plans: Plan per adapter.
+        readers: functions called with each fresh decision; nothing is recorded for nobody.
+        pins: gates that replace decisions: one tensor for all sites, or a dict from site name or group to tensor.
+        progress: training progress in [0, 1], read by schedules.
+    """
+
+    def __init__(self) -> None:
+        self.plans: dict[str, Plan] = {}
+        self.readers: list[Reader] = []
+        self.pins: Tensor | dict[str, Tensor] | None = None
+        self.progress = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._now = Pass()
+        self._graded = self._now  # the latest pass with gradients
+        self._is_open = False
+        self._gathering = False
+        # Per-prompt decisions belong to the key-value cache they were taken with, so that interleaved generations
+        # never exchange them.
+        self._kept: weakref.WeakKeyDictionary[Any, dict[str, Routing]] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out everything that holds a graph: copies and pickles start with no pass."""
+        return {"plans": self.plans, "pins": self.pins, "progress": self.progress}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, with no readers and no pass."""
+        self.__dict__.update(state, readers=[])
+        self._clear()
+
+    # --- the life of a pass ---------------------------------------------------------------------------------------
+
+    def open(self, new: Pass) -> None:
+        """Begin a forward; raise AuxLossError if the previous training forward's auxiliary loss was never used."""
+        if new.collecting:
+            previous = self._graded.aux
+            if previous.pending and not self._gathering:
+                previous.used = True  # say it once
+                raise AuxLossError(
+                    "the auxiliary loss of the previous training forward was never added to a loss, so its routers "
+                    "were trained without it. Pass labels to the model, or call molora.attach(trainer) once, or "
+                    "loss = molora.add_aux(model, loss) in your own loop; molora.drop_aux(model) discards it on purpose"
+                )
+            if previous.pending:
+                if previous.ghosts:
+                    raise AuxLossError(
+                        "two training forwards before one backward cannot be told apart under reentrant gradient "
+                        'checkpointing; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+                    )
+                new.aux.live.extend(previous.live)
+                previous.used = True
+            self._graded = new
+        self._now = new
+        self._is_open = True
+
+    def close(self, cache: Any = None) -> None:
+        """End a forward; remember its per-prompt decisions with the cache that continues it."""
+        now = self._now
+        now.aux.complete = True
+        cache = cache if cache is not None else now.cache
+        if cache is not None and now.per_prompt and not now.continuing and not now.collecting:
+            self._kept[cache] = {group: now.decisions[group] for group in now.per_prompt}
+        # Layers that are called on their own, outside of the model's forward, must not see the masks of this one.
+        self._now = Pass()
+        self._is_open = False
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Let the auxiliary losses of several training forwards add up, for losses made of more than one forward."""
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
+
+    def resume(self, cache: Any) -> dict[str, Routing]:
+        """Return the per-prompt decisions that were taken with `cache`; raise RoutingError when there are none."""
+        if cache in self._kept:
+            return dict(self._kept[cache])
+        raise RoutingError(
+            "this forward continues a key-value cache whose prefill this model did not route (a copied or foreign "
+            "cache), so its per-prompt decision is unknown; run the prompt again, or pin the gates with "
+            "molora.pin(model, gates)"
+        )
+
+    def amend(self, stack: str, context: Context, shape: tuple[int, ...]) -> None:
+        """Tell the masks of one stack (an encoder that runs inside or before the forward of its model)."""
+        if not self._is_open:
+            self._now = Pass()
+        self._now.contexts[stack], self._now.shape[stack] = context, shape
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether the open pass collects auxiliary losses."""
+        return self._is_open and self._now.collecting
+
+    @property
+    def aux(self) -> AuxLoss:
+        """The auxiliary loss of the latest training forward."""
+        return self._graded.aux
+
+    # --- decisions ------------------------------------------------------------------------------------------------
+
+    def decide(self, site: Site, router: Router | None, x: Tensor) -> Tensor:
+        """Return the gates for x (..., d): (..., E) in the leading axes of x, or broadcastable to them.
+
+        Raises:
+            RoutingError: a shared decision is missing or does not fit this input.
+        """
+        now = self._graded if in_backward() else self._now
+        tokens = now.shape.get(site.stack)
+        hidden = _as_rows(x, tokens)
+        ctx = now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
+        pinned = self._pinned(site)
+        if pinned is not None:
+            gates = pinned.to(device=x.device, dtype=torch.float32)
+            gates = gates.reshape((1,) * (3 - gates.dim()) + gates.shape)
+        else:
+            gates = self._routing(site, router, hidden, ctx, now).gates
+        if site.column is not None:
+            gates = gates[..., site.column : site.column + 1]
+        return _as_input(gates, hidden, x)
+
+    def _pinned(self, site: Site) -> Tensor | None:
+        if isinstance(self.pins, dict):
+            return self.pins.get(site.name, self.pins.get(site.group))
+        return self.pins
+
+    def _routing(self, site: Site, router: Router | None, hidden: Tensor, ctx: Context, now: Pass) -> Routing:
+        if now.continuing and site.group in now.decisions:  # a per-prompt decision that came with the cache
+            return _fitting(now.decisions[site.group], site, hidden)
+        if router is None:
+            return self._shared(site, hidden, now)
+        routing = router(hidden, ctx)
+        if now.collecting:
+            routing = self._collect(site, router, routing, ctx, now)
+        if self.readers and not in_backward():
+            for reader in self.readers:
+                reader(site, routing, ctx)
+        if router.granularity == "prompt":
+            now.per_prompt.add(site.group)
+        if site.shared or router.granularity == "prompt":
+            now.decisions[site.group] = routing
+        return routing
+
+    def _shared(self, site: Site, hidden: Tensor, now: Pass) -> Routing:
+        if site.group not in now.decisions:
+            raise RoutingError(
+                f"layer '{site.name}' shares the decision of group '{site.group}', but ran before the layer that "
+                "takes it (or outside of the model's own forward); use share: site for this model"
+            )
+        routing = now.decisions[site.group]
+        if in_backward() and torch.is_grad_enabled() and now.collecting and not routing.gates.requires_grad:
+            raise RoutingError(
+                f"layer '{site.name}' shares a decision taken inside another reentrant checkpoint, through which no "
+                'gradient reaches the router; use gradient_checkpointing_kwargs={"use_reentrant": False}, or share: '
+                "block so that the decision is taken inside the same checkpoint"
+            )
+        return _fitting(routing, site, hidden)
+
+    def _collect(self, site: Site, router: Router, routing: Routing, ctx: Context, now: Pass) -> Routing:
+        if router.price is not None and not in_backward():
+            router.price.observe(routing.selected, ctx.weights(routing.gates))
+        plan = self.plans.get(site.adapter)
+        if plan is None or not plan.losses:
+            return routing
+        return now.aux.collect(site.group, routing, ctx, plan.losses, plan.decisions)
+
+
+def _as_rows(x: Tensor, tokens: tuple[int, ...] | None) -> Tensor:
+    """View x (..., d) as (B, S, d): flattened tokens (B*S, d) get their rows back, (B, d) is one token per row."""
+    if x.dim() == 3:
+        return x
+    if x.dim() > 3:
+        return x.flatten(1, -2)
+    if x.dim() == 2 and tokens is not None and len(tokens) == 2 and x.shape[0] == tokens[0] * tokens[1]:
+        return x.view(*tokens, x.shape[-1])
+    if x.dim() == 2 and tokens is not None and x.shape[0] == tokens[0]:
+        return x[:, None]
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _as_input(gates: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    """Lay gates (B|1, S|1, E) out along the leading axes of x."""
+    if x.dim() == 3:
+        return gates
+    gates = gates.expand(hidden.shape[0], hidden.shape[1], gates.shape[-1])
+    return gates.reshape(*x.shape[:-1], gates.shape[-1])
+
+
+def _fitting(routing: Routing, site: Site, hidden: Tensor) -> Routing:
+    """Check that a reused decision broadcasts to hidden (B, S, d)."""
+    rows, positions = routing.gates.shape[:2]
+    if rows not in (1, hidden.shape[0]) or positions not in (1, hidden.shape[1]):
+        raise RoutingError(
+            f"the decision of group '{site.group}' was taken for {rows} rows and {positions} positions, but layer "
+            f"'{site.name}' has {hidden.shape[0]} rows and {hidden.shape[1]} positions; generate each batch from its "
+            "own prefill, or use share: site"
+        )
+    return routing

@@ -1,0 +1,73 @@
+"""attach: what a Trainer must do for molora that hooks on the model cannot.
+
+Hooks see the loss only when the model computes it. With label smoothing, a `compute_loss_func`, or a trainer that
+builds its loss from logits, the loss is formed outside; `attach(trainer)` adds the auxiliary loss there, with the same
+scaling. It also moves schedules and prices with the optimizer's steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..compat import labels_are_shifted, world_size_of
+from ..control import set_progress, settle, trace_of
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells schedules the progress of training, and prices that an optimizer step is over."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set progress to the share of steps that are done."""
+        set_progress(self.model, min(1.0, state.global_step / max(1, state.max_steps)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move prices, before anything is saved."""
+        settle(self.model)
+
+
+def attach(trainer: Any) -> Any:
+    """Make a Trainer add the auxiliary loss to whatever loss it forms, and drive schedules and prices.
+
+    Works for Trainer and its subclasses (TRL) by wrapping this instance's `compute_loss`. Calling it twice does nothing
+    more.
+
+    Args:
+        trainer: a transformers Trainer whose model was wrapped by molora.
+
+    Returns:
+        The same trainer.
+    """
+    if getattr(trainer, "_molora_attached", False):
+        return trainer
+    trace = trace_of(trainer.model)
+    inner = trainer.compute_loss
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    shifted = labels_are_shifted(base)
+
+    @functools.wraps(inner)
+    def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        total = kwargs.get("num_items_in_batch")
+        # Trainer takes the labels out of the inputs, so count them first.
+        share, labels = 1.0, inputs.get("labels")
+        scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        if scaled and total is not None and isinstance(labels, Tensor):
+            counted = labels[..., 1:] if shifted else labels
+            share = (counted != -100).sum() / total * world_size_of(trainer)
+        with trace.gathering():
+            result = inner(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
+        if model.training and trace.aux.pending:
+            loss = trace.aux.add_to(loss, share)
+        return (loss, *rest) if rest else loss
+
+    trainer.compute_loss = compute_loss
+    trainer.add_callback(ProgressCallback(trainer.model))
+    trainer._molora_attached = True
+    return trainer

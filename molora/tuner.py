@@ -1,0 +1,374 @@
+"""MoloraModel: the PEFT tuner that puts routed experts into a frozen model, and `wrap`, the one line that users call.
+
+`wrap(model, "dynmole")` returns what `peft.get_peft_model(model, MoloraConfig(...))` returns, so that Trainer,
+`save_pretrained`, `PeftModel.from_pretrained`, `disable_adapter`, quantised bases and the rest work as usual.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from . import compat
+from .config import FORMAT_VERSION, MoloraConfig, build_config
+from .errors import ConfigError, LoadError, raise_all
+from .experts.bank import ExpertBank
+from .fingerprint import differences, fingerprint, linear_layers
+from .hooks import OWN_ARGUMENTS, ForwardHooks
+from .layers import RoutedLinear
+from .plan import Report, depth_of, experts_at, place_of, ranks_of, scaling_of
+from .routing.losses import WeightedLoss
+from .routing.router import Router
+from .routing.trace import Plan, Site, Trace
+
+logger = logging.getLogger("molora")
+
+
+class MoloraModel(BaseTuner):
+    """The tuner behind every molora adapter.
+
+    Attributes:
+        trace: what the latest forward knew and decided.
+        reports: per adapter, what was wrapped and what was skipped.
+    """
+
+    prefix: str = compat.PREFIX
+    tuner_layer_cls = RoutedLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # --- injection --------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add one adapter; nothing of it stays when it cannot be added.
+
+        PEFT runs its injection hooks only for the first adapter, so the work around injection is here.
+        """
+        config = self.peft_config[adapter_name]
+        try:
+            self._check_before(model, adapter_name, config)
+            if not hasattr(self, "trace"):
+                self.trace = Trace()
+                self.hooks = ForwardHooks(model, self.trace)
+                self.reports: dict[str, Report] = {}
+            self.reports[adapter_name] = Report()
+            self._depth = depth_of([name for name, _ in model.named_modules()])
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
+                self._plan_decisions(model, adapter_name, config)
+        except Exception:
+            self._withdraw(model, adapter_name)
+            raise
+        self._finish_report(model, adapter_name, config)
+
+    def _check_before(self, model: nn.Module, adapter_name: str, config: MoloraConfig) -> None:
+        check_adapter_name(model, adapter_name)
+        weights = {name.replace(".base_layer", ""): weight for name, weight in model.named_parameters()}
+        mine = fingerprint(linear_layers(model, compat.linear_sizes), weights)
+        if config.fingerprint is None:
+            config.fingerprint = mine
+        raise_all(differences(config.fingerprint, mine, weights), LoadError, "this adapter belongs to another base")
+
+    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, RoutedLinear) and adapter_name in module.molora_bank:
+                module.delete_adapter(adapter_name)
+                if not module.molora_bank:
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(parent), leaf, module.base_layer)
+        for record in (self.peft_config, getattr(self, "reports", {})):
+            record.pop(adapter_name, None)
+
+    def _create_and_replace(
+        self,
+        peft_config: MoloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        report = self.reports[adapter_name]
+        sizes = compat.linear_sizes(target)
+        if sizes is None:
+            report.skipped[current_key] = f"{type(target).__name__} is not a linear layer"
+            return
+        spec = experts_at(current_key, peft_config.experts, peft_config.layers, self._depth)
+        bank = ExpertBank(
+            *sizes,
+            ranks_of(spec),
+            form="lora" if spec["form"] == "module" else spec["form"],
+            scaling=scaling_of(spec),
+            dropout=spec["dropout"],
+            frozen=spec["frozen"],
+            init=spec["init"],
+        )
+        report.wrapped.append(current_key)
+        if isinstance(target, RoutedLinear):
+            target.add(adapter_name, bank)
+            return
+        layer = RoutedLinear(target, *sizes, self.trace)
+        layer.add(adapter_name, bank)
+        layer.requires_grad_(False)  # PEFT switches the active adapters on afterwards
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        # PEFT's guard knows only LoRA-like types: fused Mamba kernels read these weights and bypass the modules.
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1") and target_name in ("out_proj", "conv1d"):
+            logger.warning(
+                "%s reads %s in fused kernels where they are installed; the adapter there acts only on the slow path",
+                model_type,
+                target_name,
+            )
+
+    # --- decisions --------------------------------------------------------------------------------------------------
+
+    def _plan_decisions(self, model: nn.Module, adapter_name: str, config: MoloraConfig) -> None:
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, RoutedLinear) and adapter_name in module.molora_bank
+        }
+        if not layers:
+            skipped = "; ".join(f"{path}: {why}" for path, why in self.reports[adapter_name].skipped.items())
+            raise ConfigError(
+                f"nothing was wrapped: target_modules={config.target_modules!r} matched no linear layer"
+                + (f" ({skipped})" if skipped else "")
+                + "; name layers such as 'q_proj', or use 'all-linear'"
+            )
+        groups: dict[str, list[str]] = {}
+        for name in layers:
+            groups.setdefault(self._group_of(name, config.share), []).append(name)
+        for group, members in groups.items():
+            self._plan_group(group, members, layers, adapter_name, config)
+        self.trace.plans[adapter_name] = Plan(
+            [WeightedLoss(loss) for loss in config.losses], len(groups), config.granularity == "prompt"
+        )
+        self.reports[adapter_name].decisions = len(groups)
+
+    def _group_of(self, name: str, share: str) -> str:
+        stack = compat.stack_of(name, self.hooks.encoder_path)
+        place = {"site": name, "block": place_of(name).block, "model": ""}[share]
+        return f"{share}:{place}:{stack}"
+
+    def _plan_group(
+        self, group: str, members: list[str], layers: dict[str, RoutedLinear], adapter_name: str, config: MoloraConfig
+    ) -> None:
+        by_module = config.experts["form"] == "module"
+        counts = {len(members)} if by_module else {layers[name].molora_bank[adapter_name].num_experts for name in members}
+        if len(counts) > 1:
+            raise ConfigError(f"layers of group '{group}' share a decision but have {sorted(counts)} experts")
+        leader = layers[members[0]]
+        router = Router(
+            leader.d_in,
+            counts.pop(),
+            scorer=config.scorer,
+            link=config.link,
+            selector=config.selector,
+            price=config.price,
+            granularity=config.granularity,
+            pool=config.pool,
+        )
+        leader.molora_router[adapter_name] = router
+        leader._move_adapter_to_device_of_base_layer(adapter_name)
+        router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        for position, name in enumerate(members):
+            layers[name].sites[adapter_name] = Site(
+                name=name,
+                adapter=adapter_name,
+                group=group,
+                shared=len(members) > 1,
+                leads=position == 0,
+                stack=compat.stack_of(name, self.hooks.encoder_path),
+                column=position if by_module else None,
+            )
+
+    def _finish_report(self, model: nn.Module, adapter_name: str, config: MoloraConfig) -> None:
+        report = self.reports[adapter_name]
+        for name, module in model.named_modules():
+            if "molora_" in name or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+                continue
+            if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+                report.skipped[name] = f"3-D expert parameters of {type(module).__name__} are not supported yet"
+        report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        report.total = sum(p.numel() for p in model.parameters())
+        logger.info("%s", report)
+
+    # --- what PEFT asks of a tuner ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT swallows `adapter_names` in silence when a tuner does not speak up here.
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names= picks a LoRA per row and is not known to molora; give each row its gates instead: "
+                "with molora.pin(model, gates): ..., gates (B, 1, E)"
+            )
+        own = {name: kwargs[name] for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
+        before = self.hooks.given
+        self.hooks.given = {**before, **own}
+        try:
+            yield
+        finally:
+            self.hooks.given = before
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Do nothing: banks and routers are float32 from the start, whatever the base."""
+
+    def _check_merge_allowed(self) -> None:
+        problems = set()
+        for module in self.model.modules():
+            if not isinstance(module, RoutedLinear):
+                continue
+            for adapter in module.active_adapters:
+                if adapter in module.molora_bank:
+                    try:
+                        module.constant_gates(adapter)
+                    except Exception:
+                        problems.add(f"adapter '{adapter}' routes by its input, so no fixed weight equals it")
+            if type(module.get_base_layer()) not in compat.PLAIN_LINEARS:
+                problems.add(f"the base layers are {type(module.get_base_layer()).__name__}: merging would round twice")
+        if problems:
+            raise ConfigError(
+                "cannot merge: " + "; ".join(sorted(problems)) + ". Instead export one expert with "
+                "molora.export_peft(model, path, expert=i), or a fixed mixture with molora.export_peft(model, path, "
+                "gates=[...]), and load it with PEFT; or keep serving the adapter unmerged"
+            )
+        super()._check_merge_allowed()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own rule looks only at the end of the key, but routers nest deeper.
+        for container in RoutedLinear.adapter_layer_names:
+            key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
+        return key
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: MoloraConfig, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Select the tensors of one adapter: those of our layers only, whatever other tuners are nested in the base."""
+        for module in model.modules():
+            if isinstance(module, Router) and module.price is not None:
+                module.price.settle()  # in place: the state dict holds the same tensors
+        parts = tuple(f".{container}.{adapter_name}." for container in RoutedLinear.adapter_layer_names)
+        return {key: value for key, value in state_dict.items() if any(part in key for part in parts)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoloraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map the tensors of a file to those of the model; every mismatch is part of one error, before any is copied."""
+        parts = tuple(f".{container}.{adapter_name}." for container in RoutedLinear.adapter_layer_names)
+        expected = {
+            cls._remove_adapter_name_from_key(key, adapter_name).removeprefix("base_model.model."): (key, value)
+            for key, value in model.state_dict().items()
+            if any(part in key for part in parts)
+        }
+        given = {key.removeprefix("base_model.model."): (key, value) for key, value in state_dict.items()}
+        ours = {key for key, (full, _) in given.items() if not _belongs_to_saved_module(full, model)}
+        problems = [f"tensor '{key}' is missing" for key in sorted(expected.keys() - given.keys())]
+        problems += [f"tensor '{key}' is unexpected" for key in sorted(ours - expected.keys())]
+        for key in sorted(expected.keys() & given.keys()):
+            want, have = tuple(expected[key][1].shape), tuple(given[key][1].shape)
+            if want != have:
+                problems.append(f"tensor '{key}' has shape {have}, the model needs {want}")
+            elif not torch.isfinite(given[key][1].float()).all():
+                problems.append(f"tensor '{key}' holds NaN or Inf")
+        raise_all(problems, LoadError, f"the file does not fit adapter '{adapter_name}'")
+        return {expected[key][0] if key in expected else full: value for key, (full, value) in given.items()}
+
+
+def _belongs_to_saved_module(key: str, model: nn.Module) -> bool:
+    """Tell whether a key is part of modules_to_save, which PEFT has translated before the tuner sees it."""
+    return ".modules_to_save." in key or ("molora_" not in key and key in model.state_dict())
+
+
+def check_adapter_name(model: nn.Module, name: str) -> None:
+    """Raise ConfigError for an adapter name that could be mistaken for a part of a module path.
+
+    PEFT tells adapters apart by looking for `.name.` in parameter paths, so an adapter called `0` or `mlp` would make
+    it drop tensors of other adapters when saving.
+    """
+    segments = {segment for path, _ in model.named_modules() for segment in path.split(".")}
+    segments -= {n for m in model.modules() if isinstance(m, RoutedLinear) for n in m.molora_bank}
+    segments |= {"A", "B", "weight", "bias", "base_layer", "scorer", "price", *RoutedLinear.adapter_layer_names}
+    segments |= {"pool", "link", "selector", "value", "model", "base_model", "original_module", "modules_to_save"}
+    if not name or "." in name or name in segments or name.startswith(compat.PREFIX):
+        raise ConfigError(
+            f"adapter name '{name}' is not safe: it is empty, holds a dot, or equals a part of this model's module "
+            f"paths, and PEFT would drop tensors of other adapters when saving; choose another, such as 'my_{name}'"
+        )
+
+
+def task_type_of(model: nn.Module) -> str | None:
+    """Return PEFT's task type by the name of the model's class, so that fresh heads are trained and saved."""
+    name = type(model).__name__
+    endings = {
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForCausalLM": "CAUSAL_LM",
+    }
+    found = next((task for ending, task in endings.items() if name.endswith(ending)), None)
+    # some models named ForConditionalGeneration are decoders with vision or speech before them
+    return None if found == "SEQ_2_SEQ_LM" and not compat.is_encoder_decoder(model) else found
+
+
+def wrap(
+    model: nn.Module,
+    recipe: str | Path | Mapping[str, Any] | MoloraConfig = "molora",
+    *,
+    adapter_name: str = "default",
+    **changes: Any,
+) -> PeftModel:
+    """Freeze a model and put routed experts into it.
+
+    Args:
+        model: any model with linear layers; transformers models need nothing else.
+        recipe: a name (`molora.recipes()` lists them), a path to a YAML, a mapping, or a MoloraConfig.
+        adapter_name: what PEFT calls the adapter.
+        changes: fields of MoloraConfig that differ from the recipe; mappings are merged key by key, as in
+            `experts={"num": 4}` or `selector={"k": 1}`.
+
+    Returns:
+        A PeftModel, ready for any Trainer. `molora.report(model)` says what was wrapped and what was skipped.
+
+    Raises:
+        ConfigError: the recipe is unknown or contradicts itself, or nothing in the model matches it.
+    """
+    if isinstance(model, PeftModel):
+        raise ConfigError("the model is wrapped already; use model.add_adapter(name, molora.config(recipe)) for a second")
+    config = build_config(recipe, changes)
+    config.fingerprint = None if not isinstance(recipe, MoloraConfig) else config.fingerprint
+    if config.task_type is None:
+        config.task_type = task_type_of(model)
+    with warnings.catch_warnings():
+        # both are said better by our own checks
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    accept_own_arguments(peft_model)
+    return peft_model
+
+
+def accept_own_arguments(peft_model: PeftModel) -> None:
+    """Let `generate(task_ids=...)` through: PEFT hands these to the tuner and hides them from transformers' checks."""
+    peft_model.special_peft_forward_args = {*peft_model.special_peft_forward_args, *OWN_ARGUMENTS}
+
+
+compat.register_tuner(MoloraConfig, MoloraModel)
+
+__all__ = ["FORMAT_VERSION", "MoloraModel", "wrap"]
