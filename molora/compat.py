@@ -76,6 +76,11 @@ def labels_are_shifted(model: nn.Module) -> bool:
     return shifts and not is_encoder_decoder(model)
 
 
+def generates(model: nn.Module) -> bool:
+    """Tell whether a model continues a prompt, so that its labels tell the prompt from the answer."""
+    return bool(hasattr(model, "can_generate") and model.can_generate())
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Tell whether a model has an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -163,4 +168,16 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Module) and any(hasattr(module, name) for name in ("qweight", "W_q")):
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         return sizes if None not in sizes else None  # type: ignore[return-value]
+    return None
+
+
+# Mamba multiplies by `dt_proj.weight` itself, on every path, so a wrapper around that layer would never be called.
+_BYPASSED = {"mamba": ("dt_proj",), "falcon_mamba": ("dt_proj",)}
+
+
+def why_bypassed(model: nn.Module, leaf: str) -> str | None:
+    """Return why experts at a layer would never act, if the model is known to read its weight without calling it."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if leaf in _BYPASSED.get(model_type, ()):
+        return f"{model_type} reads its weight without calling the layer"
     return None

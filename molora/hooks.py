@@ -17,6 +17,7 @@ from .compat import (
     add_output,
     checkpointing_is_on,
     encoder_of,
+    generates,
     is_encoder_decoder,
     labels_are_shifted,
     tokens_in_cache,
@@ -43,7 +44,9 @@ class ForwardHooks:
         self.arguments = Arguments(model.forward)
         self.takes_pairs = is_encoder_decoder(model)
         self.shifted = labels_are_shifted(model)
+        self.generates = generates(model)
         self.share: Tensor | float = 1.0
+        self.prompt_length: int | None = None  # of the generate() that is running
         self._own: dict[str, Any] = {}  # of the forward that is open
         self._grads_into_inputs = False
         model.register_forward_pre_hook(self.before, with_kwargs=True)
@@ -77,8 +80,8 @@ class ForwardHooks:
             tokens = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
             valid = _valid(get(args, kwargs, "attention_mask"), tokens)
             prompt = own.get("prompt_mask")
-            if prompt is None and self.shifted:
-                prompt = _prompt(labels, tokens)
+            if prompt is None and self.generates:
+                prompt = _prompt(labels, tokens, self.prompt_length)
             self._describe(new, "main", tokens, valid, prompt, own)
         if collecting:
             self.share = self._token_share(labels, kwargs.get("num_items_in_batch"))
@@ -181,11 +184,15 @@ def _valid(mask: Any, tokens: tuple[int, int] | None) -> Tensor | None:
     return mask[:, -tokens[1] :].bool() if mask.shape[1] >= tokens[1] else None
 
 
-def _prompt(labels: Any, tokens: tuple[int, int] | None) -> Tensor | None:
-    """Return (B, S) bool: the positions before the first supervised one; None when labels are not per token."""
-    if not isinstance(labels, Tensor) or tokens is None or tuple(labels.shape) != tokens:
+def _prompt(labels: Any, tokens: tuple[int, int] | None, length: int | None) -> Tensor | None:
+    """Return (B, S) bool: the positions before the first label, or before what generate() has added; None for all."""
+    if tokens is None:
         return None
-    return (labels != -100).long().cumsum(1) == 0
+    if isinstance(labels, Tensor) and tuple(labels.shape) == tokens:
+        return (labels != -100).long().cumsum(1) == 0
+    if labels is None and length is not None and tokens[1] > length:
+        return (torch.arange(tokens[1]) < length).expand(tokens)
+    return None
 
 
 def _device(*tensors: Any) -> Any:

@@ -100,8 +100,9 @@ class MoloraModel(BaseTuner):
     ) -> None:
         report = self.reports[adapter_name]
         sizes = compat.linear_sizes(target)
-        if sizes is None:
-            report.skipped[current_key] = f"{type(target).__name__} is not a linear layer"
+        reason = compat.why_bypassed(self.model, target_name)
+        if sizes is None or reason:
+            report.skipped[current_key] = reason or f"{type(target).__name__} is not a linear layer"
             return
         spec = experts_at(current_key, peft_config.experts, peft_config.layers, self._depth)
         bank = ExpertBank(
@@ -123,14 +124,7 @@ class MoloraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        # PEFT's guard knows only LoRA-like types: fused Mamba kernels read these weights and bypass the modules.
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1") and target_name in ("out_proj", "conv1d"):
-            logger.warning(
-                "%s reads %s in fused kernels where they are installed; the adapter there acts only on the slow path",
-                model_type,
-                target_name,
-            )
+        """Do nothing: PEFT's guard for Mamba knows only LoRA-like types, and refuses where we skip and report."""
 
     # --- decisions --------------------------------------------------------------------------------------------------
 
@@ -153,14 +147,16 @@ class MoloraModel(BaseTuner):
         for group, members in groups.items():
             self._plan_group(group, members, layers, adapter_name, config)
         self.trace.plans[adapter_name] = Plan(
-            [WeightedLoss(loss) for loss in config.losses], len(groups), config.granularity == "prompt"
+            [WeightedLoss(loss) for loss in config.losses], len(groups), config.granularity == "prompt", set(layers)
         )
         self.reports[adapter_name].decisions = len(groups)
 
     def _group_of(self, name: str, share: str) -> str:
-        stack = compat.stack_of(name, self.hooks.encoder_path)
-        place = {"site": name, "block": place_of(name).block, "model": ""}[share]
-        return f"{share}:{place}:{stack}"
+        place = place_of(name)
+        if place.index is None:  # layers outside of the blocks (poolers, heads) see other inputs and decide alone
+            share = "site"
+        of = {"site": name, "block": place.block, "model": ""}[share]
+        return f"{share}:{of}:{compat.stack_of(name, self.hooks.encoder_path)}"
 
     def _plan_group(
         self, group: str, members: list[str], layers: dict[str, RoutedLinear], adapter_name: str, config: MoloraConfig
@@ -199,7 +195,7 @@ class MoloraModel(BaseTuner):
         for name, module in model.named_modules():
             if "molora_" in name or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
                 continue
-            if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            if any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)):
                 report.skipped[name] = f"3-D expert parameters of {type(module).__name__} are not supported yet"
         report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         report.total = sum(p.numel() for p in model.parameters())
@@ -216,12 +212,15 @@ class MoloraModel(BaseTuner):
                 "with molora.pin(model, gates): ..., gates (B, 1, E)"
             )
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
-        before = self.hooks.given
-        self.hooks.given = {**before, **own}
+        before = (self.hooks.given, self.hooks.prompt_length)
+        self.hooks.given = {**before[0], **own}
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            self.hooks.prompt_length = ids.shape[1]  # generate() without a cache feeds its own output back
         try:
             yield
         finally:
-            self.hooks.given = before
+            self.hooks.given, self.hooks.prompt_length = before
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Do nothing: banks and routers are float32 from the start, whatever the base."""
@@ -328,6 +327,12 @@ def task_type_of(model: nn.Module) -> str | None:
     return None if found == "SEQ_2_SEQ_LM" and not compat.is_encoder_decoder(model) else found
 
 
+def head_of(model: nn.Module) -> list[str] | None:
+    """Return the head of a classifier for which PEFT has no task type (images, audio): it is trained whole."""
+    heads = [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
+    return heads if heads and type(model).__name__.endswith("Classification") else None
+
+
 def wrap(
     model: nn.Module,
     recipe: str | Path | Mapping[str, Any] | MoloraConfig = "molora",
@@ -356,6 +361,8 @@ def wrap(
     config.fingerprint = None if not isinstance(recipe, MoloraConfig) else config.fingerprint
     if config.task_type is None:
         config.task_type = task_type_of(model)
+    if config.task_type is None and config.modules_to_save is None:
+        config.modules_to_save = head_of(model)
     with warnings.catch_warnings():
         # both are said better by our own checks
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")

@@ -10,6 +10,7 @@ gradients in between (a reference model, an evaluation) do not disturb it.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,11 +74,12 @@ class Pass:
 
 @dataclass
 class Plan:
-    """What an adapter asks of the trace: its losses, how many decisions one forward takes, and per what."""
+    """What an adapter asks of the trace: its losses, how many decisions a forward takes, per what, and where."""
 
     losses: list[WeightedLoss]
     decisions: int
     by_prompt: bool = False
+    sites: set[str] = field(default_factory=set)
 
 
 Reader = Callable[[Site, Routing, Context], None]
@@ -105,6 +107,7 @@ class Trace:
         self._graded = self._now  # the latest pass with gradients
         self._is_open = False
         self._gathering = False
+        self._called: set[str] | None = set()  # layers seen in the first training forward, then None
         # Per-prompt decisions belong to the key-value cache they were taken with, so that interleaved generations
         # never exchange them.
         self._kept: weakref.WeakKeyDictionary[Any, dict[str, Routing]] = weakref.WeakKeyDictionary()
@@ -147,6 +150,8 @@ class Trace:
         """End a forward; remember its per-prompt decisions with the cache that continues it."""
         now = self._now
         now.aux.complete = True
+        if now.collecting and self._called is not None:
+            self._warn_of_bypassed()
         cache = cache if cache is not None else now.cache
         if cache is not None and now.per_prompt and not now.continuing and not now.collecting:
             self._kept[cache] = {group: now.decisions[group] for group in now.per_prompt}
@@ -162,6 +167,18 @@ class Trace:
             yield
         finally:
             self._gathering = False
+
+    def _warn_of_bypassed(self) -> None:
+        """Say once which layers were never called: some models read a weight and skip the layer around it."""
+        called, self._called = self._called or set(), None
+        idle = sorted({name for plan in self.plans.values() for name in plan.sites} - called)
+        if idle and called:
+            leaves = sorted({name.rpartition(".")[2] for name in idle})
+            warnings.warn(
+                f"{len(idle)} routed layers were not called in the first training forward, so their experts act on "
+                f"nothing (for example '{idle[0]}'); leave them out with exclude_modules={leaves}",
+                stacklevel=2,
+            )
 
     def resume(self, cache: Any) -> dict[str, Routing]:
         """Return the per-prompt decisions that were taken with `cache`; raise RoutingError when there are none."""
@@ -198,6 +215,8 @@ class Trace:
             RoutingError: a shared decision is missing or does not fit this input.
         """
         now = self._graded if in_backward() else self._now
+        if self._called is not None:
+            self._called.add(site.name)
         tokens = now.shape.get(site.stack)
         hidden = _as_rows(x, tokens)
         ctx = now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)

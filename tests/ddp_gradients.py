@@ -1,0 +1,68 @@
+"""One Trainer step under DDP for each way of training; rank 0 writes the router gradients. Run by test_aux_exact.py."""
+
+import json
+import sys
+import tempfile
+
+import torch
+
+torch.set_num_threads(1)
+
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from tests.test_aux_exact import CHECKPOINTING, ROWS, STEPS, router_gradients, rows, stack, wrapped  # noqa: E402
+
+
+def gradients(checkpointing: str, steps: int) -> dict[str, torch.Tensor]:
+    """Train one optimizer step of `steps` micro-batches per process and return the gradients of the routers."""
+    model = wrapped()
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=ROWS // (2 * steps),
+        gradient_accumulation_steps=steps,
+        max_steps=1,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        optim="sgd",
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        gradient_checkpointing=checkpointing != "none",
+        gradient_checkpointing_kwargs=(
+            None if checkpointing == "none" else {"use_reentrant": checkpointing == "reentrant"}
+        ),
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), data_collator=stack)
+    trainer._get_train_sampler = lambda *args, **kwargs: torch.utils.data.SequentialSampler(rows())
+    kept = {}
+    trainer.create_optimizer()
+    step = trainer.optimizer.step
+
+    def keep_then_step(*args, **kwargs):
+        kept.update(router_gradients(model))
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = keep_then_step
+    trainer.train()
+    return kept
+
+
+def main(out: str) -> None:
+    """Write the gradients of every way of training as JSON."""
+    found = {
+        f"{checkpointing} {steps}": {name: g.tolist() for name, g in gradients(checkpointing, steps).items()}
+        for checkpointing in CHECKPOINTING
+        for steps in STEPS
+    }
+    if torch.distributed.get_rank() == 0:
+        with open(out, "w") as file:
+            json.dump(found, file)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
