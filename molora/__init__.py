@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from .config import MoloraConfig
-from .config import build_config as config
 from .config import recipe_names as recipes
 from .control import add_aux, drop_aux, pin, record, report, set_progress, settle, using
 from .errors import AuxLossError, ConfigError, DataError, LoadError, MoloraError, RoutingError
@@ -25,7 +24,6 @@ __all__ = [
     "RoutingError",
     "add_aux",
     "attach",
-    "config",
     "drop_aux",
     "pin",
     "record",

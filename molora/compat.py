@@ -120,9 +120,13 @@ def tokens_in_cache(cache: Any) -> int:
 
 
 def add_output(outputs: Any, name: str, value: Tensor) -> None:
-    """Add a value to a ModelOutput, also under names that its class does not declare; sums with one that is there."""
-    present = outputs.get(name) if hasattr(outputs, "get") else None
-    outputs[name] = value if present is None else present + value
+    """Add a value to a ModelOutput, also under a name that its class does not declare; sums with one that is there.
+
+    Outputs of other types, such as a plain tensor, stay as they are.
+    """
+    if isinstance(outputs, dict):
+        present = outputs.get(name)
+        outputs[name] = value if present is None else present + value
 
 
 def checkpointing_is_on(model: nn.Module) -> bool:
@@ -138,6 +142,20 @@ def world_size_of(trainer: Any) -> int:
         return trainer.args.n_gpu
     processes = trainer.accelerator.num_processes
     return processes // trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else processes
+
+
+def embeddings_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of the input and output embeddings of a transformers model, wrapped or not, by path."""
+    modules = [getattr(model, name)() for name in _EMBEDDINGS if hasattr(model, name)]
+    return {
+        f"{path}.{name}": weight
+        for path, module in model.named_modules()
+        if any(module is embedding for embedding in modules)
+        for name, weight in module.named_parameters(recurse=False)
+    }
+
+
+_EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
 def is_floating(tensor: Tensor) -> bool:

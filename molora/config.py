@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from peft import PeftConfig
 from .compat import MOLORA
 from .errors import ConfigError, LoadError, did_you_mean, raise_all
 from .experts.bank import FORMS
+from .files import CARD, finish, mention_molora
 from .paths import recipes_dir
 from .registry import Spec
 from .routing.links import links
@@ -43,6 +45,7 @@ EXPERTS: dict[str, Any] = {
     "dropout": 0.0,
     "frozen": [],
     "init": "kaiming",
+    "names": None,
 }
 
 
@@ -55,10 +58,10 @@ class MoloraConfig(PeftConfig):
         target_modules: as in PEFT: names, a regex, or `all-linear`.
         exclude_modules: names or a regex of layers to leave alone.
         modules_to_save: base modules trained and saved whole, such as a new head.
-        experts: `{form, num, rank, alpha, scaling, rslora, dropout, frozen, init}`. `form` is `lora`, `rank`,
+        experts: `{form, num, rank, alpha, scaling, rslora, dropout, frozen, init, names}`. `form` is `lora`, `rank`,
             `shared_a` or `module`. `num` may be a list, stretched over the depth (MoLA). `rank` may be a list, one per
             expert. The delta is scaled by `scaling`, else alpha / rank (alpha / sqrt(rank) with `rslora`). `frozen` is
-            a list of experts, or `all`.
+            a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from.
         scorer, link, selector, price, pool: component specs, a name or `{name, **options}`.
         granularity: `token`, `prompt` or `task`.
         share: who shares a decision: `site` (nobody), `block` (the layers of one transformer block) or `model`.
@@ -91,36 +94,52 @@ class MoloraConfig(PeftConfig):
         raise_all(self.problems(), ConfigError, "this configuration cannot work")
         self.experts = {**EXPERTS, **self.experts}
 
+    @classmethod
+    def from_recipe(cls, recipe: str | Path | Mapping[str, Any] | MoloraConfig, **changes: Any) -> MoloraConfig:
+        """Return the config of a recipe with changes, for `get_peft_model` or `model.add_adapter`; see `molora.wrap`."""
+        return build_config(recipe, changes)
+
     def problems(self) -> list[str]:
         """Return everything that is wrong with this configuration, without a model."""
         found = _expert_problems(self.experts, "experts", partial=False)
         for kind, registry in (("scorer", scorers), ("link", links), ("selector", selectors), ("pool", pools)):
             found += registry.problems(getattr(self, kind)) + _schedule_problems(getattr(self, kind), kind)
         found += check_price(self.price)
-        for loss in self.losses:
+        lists = {}
+        for key in ("losses", "layers"):
+            given = getattr(self, key)
+            lists[key] = given if isinstance(given, (list, tuple)) else []
+            if not isinstance(given, (list, tuple)):
+                found.append(f"{key} must be a list, got {given!r}")
+        for loss in lists["losses"]:
             found += check_loss(loss)
         if self.granularity not in GRANULARITIES:
             found.append(f"granularity '{self.granularity}' is unknown{did_you_mean(self.granularity, GRANULARITIES)}")
         if self.share not in SHARES:
             found.append(f"share '{self.share}' is unknown{did_you_mean(self.share, SHARES)}")
         found += self._combination_problems()
-        for entry in self.layers:
+        for entry in lists["layers"]:
             if not isinstance(entry, Mapping) or set(entry) != {"match", "experts"}:
                 found.append(f"layers entry {entry!r} must be {{match: <regex of module paths>, experts: {{...}}}}")
-            else:
-                found += _expert_problems(entry["experts"], "layers.experts", partial=True)
+                continue
+            found += _expert_problems(entry["experts"], "layers.experts", partial=True)
+            try:
+                re.compile(entry["match"])
+            except (re.error, TypeError) as error:
+                found.append(f"layers.match {entry['match']!r} is not a regular expression: {error}")
         return found
 
     def _combination_problems(self) -> list[str]:
         found = []
-        scorer = self.scorer if isinstance(self.scorer, str) else self.scorer.get("name")
-        by_task = scorer in scorers and scorers.fact(scorer, "reads") == "task"
+        scorer = self.scorer.get("name") if isinstance(self.scorer, Mapping) else self.scorer
+        by_task = isinstance(scorer, str) and scorer in scorers and scorers.fact(scorer, "reads") == "task"
         if (self.granularity == "task") != by_task:
             found.append(
                 f"granularity '{self.granularity}' does not go with scorer '{scorer}': "
                 "task decisions need scorer: {name: table, num_tasks: ...}, and only they can use it"
             )
-        if self.experts.get("form") == "module" and self.share != "block":
+        form = self.experts.get("form") if isinstance(self.experts, Mapping) else None
+        if form == "module" and self.share != "block":
             found.append(f"experts.form 'module' chooses among the layers of a block: set share: block, not {self.share}")
         return found
 
@@ -135,21 +154,29 @@ class MoloraConfig(PeftConfig):
                 "upgrade with pip install -U molora"
             )
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = [f"key '{key}'{did_you_mean(key, known)}" for key in kwargs if key not in known]
-        raise_all(unknown, LoadError, "adapter_config.json holds unknown keys")
+        problems = [f"key '{key}' is unknown{did_you_mean(key, known)}" for key in kwargs if key not in known]
         try:
-            return cls(**kwargs)
-        except ConfigError as error:
-            raise LoadError(f"adapter_config.json: {error}") from None
+            config = cls(**{key: value for key, value in kwargs.items() if key in known})
+        except (ValueError, TypeError, AttributeError) as error:  # ConfigError is a ValueError, as PEFT's checks raise
+            problems.append(str(error))
+        raise_all(problems, LoadError, "adapter_config.json does not describe a molora adapter")
+        return config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Read a saved config as PEFT does, refusing folders whose weights could only be unpickled."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
+        finish(folder)
         pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix != ".safetensors")
         if folder.is_dir() and pickles and not (folder / "adapter_model.safetensors").exists():
             raise LoadError(f"'{folder}' holds {pickles[0]}, a pickle, which molora never loads; save it as safetensors")
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write adapter_config.json as PEFT does, and say in the model card beside it how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        if Path(save_directory, CARD).is_file():
+            mention_molora(Path(save_directory, CARD))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data, with sets sorted so that files are reproducible."""
@@ -169,12 +196,29 @@ def _expert_problems(experts: Any, where: str, partial: bool) -> list[str]:
         values = values if isinstance(values, (list, tuple)) else [values]
         if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
             found.append(f"{where}.{key} must be a whole number >= 1, or a list of them, got {full[key]!r}")
+    for key, may_be_negative in (("alpha", False), ("scaling", True)):
+        value = full.get(key)
+        if key not in full or (key == "scaling" and value is None):
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or value == 0 or (value < 0 and not may_be_negative):
+            wanted = "a number other than 0, or null" if may_be_negative else "a positive number"
+            found.append(f"{where}.{key} must be {wanted}, got {value!r}")
+    if not isinstance(full.get("rslora", False), bool):
+        found.append(f"{where}.rslora must be true or false, got {full['rslora']!r}")
     dropout = full.get("dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         found.append(f"{where}.dropout must be in [0, 1), got {dropout!r}")
     frozen = full.get("frozen", [])
     if frozen != "all" and not (isinstance(frozen, (list, tuple)) and all(isinstance(e, int) for e in frozen)):
         found.append(f"{where}.frozen must be a list of expert numbers or 'all', got {frozen!r}")
+    names = full.get("names")
+    if names is not None and not (
+        isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)
+    ):
+        found.append(f"{where}.names must be a list of different names, one per expert, got {names!r}")
+    elif names is not None and isinstance(full.get("num"), int) and len(names) != full["num"]:
+        found.append(f"{where}.names holds {len(names)} names for {full['num']} experts")
     return found
 
 
@@ -191,6 +235,15 @@ def _schedule_problems(spec: Any, kind: str) -> list[str]:
             if kind in ("scorer", "pool"):
                 found.append(f"{kind}.{key} cannot follow a schedule; link and selector options and loss weights can")
     return found
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number: YAML 1.1 wants 1.0e-4 and makes a string of the former."""
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def recipe_names() -> list[str]:
@@ -217,7 +270,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         if not path.is_file():
             raise ConfigError(f"recipe '{name}' is unknown{did_you_mean(name, recipe_names())}; or give a .yaml path")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"recipe '{path}' is not readable YAML: {error}") from None
         if not isinstance(content, dict):

@@ -8,7 +8,8 @@ the precision of the coarser dtype, so that loading the same checkpoint in bfloa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -52,10 +53,12 @@ def differences(saved: Mapping[str, Any], model: Mapping[str, Any], weights: Map
         model: the fingerprint of the model at hand.
         weights: its parameters by path; saved samples without a usable tensor here (quantised) are not compared.
     """
+    if not _is_well_formed(saved):
+        return ["the fingerprint in its config is damaged, so the base cannot be checked"]
     found = []
-    if saved.get("structure") != model.get("structure"):
+    if saved["structure"] != model["structure"]:
         found.append("the base model has other linear layers than the one the adapter was trained on")
-    for name, sample in saved.get("samples", {}).items():
+    for name, sample in saved["samples"].items():
         weight = weights.get(name)
         if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
             continue
@@ -68,13 +71,39 @@ def differences(saved: Mapping[str, Any], model: Mapping[str, Any], weights: Map
     return found
 
 
-def linear_layers(model: nn.Module, sizes: Any) -> list[tuple[str, int, int]]:
-    """Return (path, d_in, d_out) of every layer that `sizes(module)` knows, looking through wrapped layers."""
-    found = []
-    for path, module in model.named_modules():
-        if "molora_" in path:
-            continue
-        known = sizes(module)
-        if known is not None:
-            found.append((path.replace(".base_layer", ""), *known))
-    return sorted(set(found))
+def _is_well_formed(saved: Any) -> bool:
+    samples = saved.get("samples") if isinstance(saved, Mapping) else None
+    return isinstance(samples, Mapping) and "structure" in saved and all(
+        isinstance(sample, Mapping)
+        and isinstance(getattr(torch, str(sample.get("dtype")), None), torch.dtype)
+        and isinstance(sample.get("values"), list)
+        and all(isinstance(value, (int, float)) for value in sample["values"])
+        for sample in samples.values()
+    )
+
+
+def of_model(
+    model: nn.Module, sizes: Callable[[nn.Module], tuple[int, int] | None], apart: Iterable[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the fingerprint of the base inside a model, wrapped or not, and the parameters of that base by path.
+
+    Args:
+        model: the base model; routed layers and wrapped heads in it are looked through.
+        sizes: returns (d_in, d_out) of a linear layer, None for anything else.
+        apart: names of modules that the adapter saves whole (PEFT's modules_to_save): new heads start at random, so
+            they tell nothing about the base.
+    """
+    heads = re.compile("|".join(rf"(?:^|.*\.)(?:{name})(?:$|\..*)" for name in apart)) if apart else None
+
+    def base_path(name: str) -> str | None:
+        path = name.replace(".base_layer", "").replace(".original_module", "")
+        is_added = "molora_" in name or ".modules_to_save." in name
+        return None if is_added or (heads is not None and heads.match(path)) else path
+
+    weights = {path: weight for name, weight in model.named_parameters() if (path := base_path(name))}
+    layers = {
+        (path, *known)
+        for name, module in model.named_modules()
+        if (path := base_path(name)) and (known := sizes(module)) is not None
+    }
+    return fingerprint(sorted(layers), weights), weights

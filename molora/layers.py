@@ -13,8 +13,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .compat import PLAIN_LINEARS
 from .errors import RoutingError
 from .experts.bank import ExpertBank
+from .kernels.upcast import frozen_linear, has_hooks, upcasts
 from .routing.router import Router
 from .routing.trace import Site, Trace
 
@@ -40,6 +42,7 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         self.molora_bank = nn.ModuleDict()
         self.molora_router = nn.ModuleDict()  # only at the sites that take decisions
         self.sites: dict[str, Site] = {}
+        self.upcast_base: bool | None = None  # None: by the rule in kernels/upcast.py
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -68,17 +71,26 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the base layer and the routed experts to x (..., d_in) -> (..., d_out)."""
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._base(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
+        # Plain linear layers return a fresh tensor that their backward does not read; 8-bit bases refuse such writes.
+        in_place = type(self.base_layer) in PLAIN_LINEARS and not has_hooks(self.base_layer)
         for adapter in self.active_adapters:
             if adapter not in self.molora_bank:
                 continue
             router = self.molora_router[adapter] if adapter in self.molora_router else None
-            gates = self.trace.decide(self.sites[adapter], router, x)
-            # out of place: 8-bit bases refuse in-place writes on their output
-            y = y + self.molora_bank[adapter](x, gates).to(y.dtype)
+            site = self.sites[adapter]
+            gates = self.trace.decide(site, router, x)
+            sparse = site.sparse and self.trace.pins is None
+            y = self.molora_bank[adapter].add_to(y, x, gates, in_place=in_place, sparse=sparse)
         return y
+
+    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        if not args and not kwargs and upcasts(base, x, self.upcast_base):
+            return frozen_linear(x, base.weight, base.bias)
+        return base(x, *args, **kwargs)
 
     def constant_gates(self, adapter: str) -> Tensor:
         """Return gates (E,) that do not depend on the input; raise RoutingError when they do."""

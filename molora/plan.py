@@ -49,8 +49,10 @@ def depth_of(paths: Sequence[str]) -> dict[str, int]:
 def experts_at(path: str, experts: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], depth: Mapping[str, int]) -> dict[str, Any]:
     """Return the `experts` mapping of one layer, with `num` resolved to a number.
 
-    A list for `num` is stretched over the depth of the stack (MoLA, arXiv 2402.08562): with n numbers and L blocks,
-    block l gets the entry at floor(l * n / L). The first entry of `layers` whose regex is found in the path wins.
+    A list for `num` is laid over the depth of the stack (MoLA, arXiv 2402.08562): with n numbers and L blocks, block l
+    gets the entry at floor(l * n / L), so a shallower model skips entries evenly. Layers outside of any block
+    get the last entry: such layers (poolers, heads) nearly always come after the last block. The first entry of
+    `layers` whose regex is found in the path wins.
     """
     spec = dict(experts)
     for entry in layers:
@@ -60,12 +62,8 @@ def experts_at(path: str, experts: Mapping[str, Any], layers: Sequence[Mapping[s
     num = spec["num"]
     if isinstance(num, (list, tuple)):
         place = place_of(path)
-        if place.index is None:
-            raise ConfigError(f"experts.num is a list over depth, but layer '{path}' is in no numbered block")
-        total = depth[place.stack]
-        if len(num) > total:
-            raise ConfigError(f"experts.num lists {len(num)} numbers for the {total} blocks of '{place.stack}'")
-        spec["num"] = num[place.index * len(num) // total]
+        at = len(num) - 1 if place.index is None else place.index * len(num) // depth[place.stack]
+        spec["num"] = num[at]
     return spec
 
 

@@ -23,13 +23,14 @@ from . import compat
 from .config import FORMAT_VERSION, MoloraConfig, build_config
 from .errors import ConfigError, LoadError, raise_all
 from .experts.bank import ExpertBank
-from .fingerprint import differences, fingerprint, linear_layers
+from .fingerprint import differences, of_model
 from .hooks import OWN_ARGUMENTS, ForwardHooks
 from .layers import RoutedLinear
 from .plan import Report, depth_of, experts_at, place_of, ranks_of, scaling_of
 from .routing.losses import WeightedLoss
 from .routing.router import Router
 from .routing.trace import Plan, Site, Trace
+from .undo import Snapshot
 
 logger = logging.getLogger("molora")
 
@@ -54,6 +55,7 @@ class MoloraModel(BaseTuner):
         PEFT runs its injection hooks only for the first adapter, so the work around injection is here.
         """
         config = self.peft_config[adapter_name]
+        snapshot = Snapshot(model)
         try:
             self._check_before(model, adapter_name, config)
             if not hasattr(self, "trace"):
@@ -66,27 +68,27 @@ class MoloraModel(BaseTuner):
             with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
                 self._plan_decisions(model, adapter_name, config)
         except Exception:
-            self._withdraw(model, adapter_name)
+            snapshot.restore()
+            self._forget(adapter_name)
             raise
         self._finish_report(model, adapter_name, config)
 
     def _check_before(self, model: nn.Module, adapter_name: str, config: MoloraConfig) -> None:
         check_adapter_name(model, adapter_name)
-        weights = {name.replace(".base_layer", ""): weight for name, weight in model.named_parameters()}
-        mine = fingerprint(linear_layers(model, compat.linear_sizes), weights)
+        mine, weights = of_model(model, compat.linear_sizes, config.modules_to_save)
         if config.fingerprint is None:
             config.fingerprint = mine
         raise_all(differences(config.fingerprint, mine, weights), LoadError, "this adapter belongs to another base")
 
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, RoutedLinear) and adapter_name in module.molora_bank:
-                module.delete_adapter(adapter_name)
-                if not module.molora_bank:
-                    parent, _, leaf = name.rpartition(".")
-                    setattr(model.get_submodule(parent), leaf, module.base_layer)
-        for record in (self.peft_config, getattr(self, "reports", {})):
+    def _forget(self, adapter_name: str) -> None:
+        plans = self.trace.plans if hasattr(self, "trace") else {}
+        for record in (self.peft_config, getattr(self, "reports", {}), plans):
             record.pop(adapter_name, None)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete one adapter, its report and its losses."""
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
 
     def _create_and_replace(
         self,
@@ -188,6 +190,7 @@ class MoloraModel(BaseTuner):
                 leads=position == 0,
                 stack=compat.stack_of(name, self.hooks.encoder_path),
                 column=position if by_module else None,
+                sparse=router.sparse,
             )
 
     def _finish_report(self, model: nn.Module, adapter_name: str, config: MoloraConfig) -> None:
@@ -212,6 +215,8 @@ class MoloraModel(BaseTuner):
                 "with molora.pin(model, gates): ..., gates (B, 1, E)"
             )
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
+        if kwargs.get(_TASK_IDS) is not None:
+            own["task_ids"] = kwargs[_TASK_IDS]
         before = (self.hooks.given, self.hooks.prompt_length)
         self.hooks.given = {**before[0], **own}
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -268,30 +273,28 @@ class MoloraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MoloraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map the tensors of a file to those of the model; every mismatch is part of one error, before any is copied."""
+        """Map the tensors of a file to those of the model; all that does not fit is one error, before any is copied."""
+
+        def short(key: str) -> str:
+            return cls._remove_adapter_name_from_key(key, adapter_name).removeprefix("base_model.model.")
+
         parts = tuple(f".{container}.{adapter_name}." for container in RoutedLinear.adapter_layer_names)
-        expected = {
-            cls._remove_adapter_name_from_key(key, adapter_name).removeprefix("base_model.model."): (key, value)
-            for key, value in model.state_dict().items()
-            if any(part in key for part in parts)
-        }
-        given = {key.removeprefix("base_model.model."): (key, value) for key, value in state_dict.items()}
-        ours = {key for key, (full, _) in given.items() if not _belongs_to_saved_module(full, model)}
+        state = model.state_dict()
+        expected = {short(key): key for key in state if any(part in key for part in parts)}
+        # PEFT has put the names of whole saved modules in order before; it also saves resized embeddings
+        whole = {short(key): key for key in state if f".modules_to_save.{adapter_name}." in key}
+        known = expected | whole | {short(key): key for key in compat.embeddings_of(model)}
+        given = {short(key): value for key, value in state_dict.items()}
         problems = [f"tensor '{key}' is missing" for key in sorted(expected.keys() - given.keys())]
-        problems += [f"tensor '{key}' is unexpected" for key in sorted(ours - expected.keys())]
-        for key in sorted(expected.keys() & given.keys()):
-            want, have = tuple(expected[key][1].shape), tuple(given[key][1].shape)
+        problems += [f"tensor '{key}' is unexpected" for key in sorted(given.keys() - known.keys())]
+        for key in sorted(known.keys() & given.keys()):
+            want, have = tuple(state[known[key]].shape), tuple(given[key].shape)
             if want != have:
                 problems.append(f"tensor '{key}' has shape {have}, the model needs {want}")
-            elif not torch.isfinite(given[key][1].float()).all():
+            elif not torch.isfinite(given[key].float()).all():
                 problems.append(f"tensor '{key}' holds NaN or Inf")
         raise_all(problems, LoadError, f"the file does not fit adapter '{adapter_name}'")
-        return {expected[key][0] if key in expected else full: value for key, (full, value) in given.items()}
-
-
-def _belongs_to_saved_module(key: str, model: nn.Module) -> bool:
-    """Tell whether a key is part of modules_to_save, which PEFT has translated before the tuner sees it."""
-    return ".modules_to_save." in key or ("molora_" not in key and key in model.state_dict())
+        return {known[key]: value for key, value in given.items()}
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
@@ -356,7 +359,7 @@ def wrap(
         ConfigError: the recipe is unknown or contradicts itself, or nothing in the model matches it.
     """
     if isinstance(model, PeftModel):
-        raise ConfigError("the model is wrapped already; use model.add_adapter(name, molora.config(recipe)) for a second")
+        raise ConfigError("the model is wrapped already; for a second adapter use model.add_adapter(name, molora.MoloraConfig.from_recipe(recipe))")
     config = build_config(recipe, changes)
     config.fingerprint = None if not isinstance(recipe, MoloraConfig) else config.fingerprint
     if config.task_type is None:
@@ -373,7 +376,21 @@ def wrap(
 
 def accept_own_arguments(peft_model: PeftModel) -> None:
     """Let `generate(task_ids=...)` through: PEFT hands these to the tuner and hides them from transformers' checks."""
-    peft_model.special_peft_forward_args = {*peft_model.special_peft_forward_args, *OWN_ARGUMENTS}
+    own = {*OWN_ARGUMENTS, _TASK_IDS}
+    if not own <= set(peft_model.special_peft_forward_args):
+        peft_model.special_peft_forward_args = {*peft_model.special_peft_forward_args, *own}
+        peft_model.register_forward_pre_hook(_rename_task_ids, with_kwargs=True)
+
+
+# PEFT's forwards for CAUSAL_LM, SEQ_CLS, ... declare `task_ids` for Poly and drop it for every other type of adapter,
+# so it travels past them under another name.
+_TASK_IDS = "molora_task_ids"
+
+
+def _rename_task_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    if kwargs.get("task_ids") is None:
+        return args, kwargs
+    return args, {_TASK_IDS if name == "task_ids" else name: value for name, value in kwargs.items()}
 
 
 compat.register_tuner(MoloraConfig, MoloraModel)

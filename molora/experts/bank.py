@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..kernels.choose import add_delta
 from ..kernels.dense import dense, dense_shared
+from ..kernels.fused import full_precision
+from ..kernels.layout import Layout
 
 FORMS = ("lora", "rank", "shared_a")
 
@@ -60,6 +63,7 @@ class ExpertBank(nn.Module):
         if self.scaling == 0:
             raise ConfigError("experts.scaling must not be 0: the experts would never act")
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        self.layout = Layout(self.ranks, form == "shared_a", self.scaling)
         self._live = [e for e in range(self.num_experts) if e not in self.frozen]
         self.A, self.B = self._new(self._live, init)
         # Frozen experts are parameters of their own: a gradient mask would still let weight decay move them.
@@ -129,9 +133,25 @@ class ExpertBank(nn.Module):
         if self.dropout is not None:
             x = self.dropout(x)
         gates = (gates * self.scaling).to(A.dtype)
-        if self.form == "shared_a":
-            return dense_shared(x, A, B, gates)
-        return dense(x, A, B, self.spread(gates))
+        with full_precision(x.device):
+            if self.form == "shared_a":
+                return dense_shared(x, A, B, gates)
+            return dense(x, A, B, self.spread(gates))
+
+    def add_to(self, y: Tensor, x: Tensor, gates: Tensor, *, in_place: bool = False, sparse: bool = False) -> Tensor:
+        """Return y + delta in the dtype of y, by the fastest kernel that fits (molora/kernels/choose.py).
+
+        Args:
+            y: (..., d_out), the output of the base layer.
+            x: (..., d_in).
+            gates: (..., E) that broadcast to x.
+            in_place: y is fresh and nobody else holds it, so it may be written to.
+            sparse: the gradient of a gate that is zero does not matter (see Router.sparse).
+        """
+        A, B = self.stack()
+        if self.dropout is not None and self.training:
+            x = self.dropout(x.to(A.dtype))
+        return add_delta(y, x, A, B, gates, self.layout, in_place, sparse)
 
     def pair(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return copies of A (r, d_in) and B (d_out, r) of one expert, without the bank's scaling."""
@@ -185,7 +205,7 @@ class ExpertBank(nn.Module):
         if self.frozen or len(set(self.ranks)) > 1:
             raise ConfigError("experts of different ranks, or partly frozen, cannot be permuted in place")
         rank = self.ranks[0]
-        rows = (order[:, None] * rank + torch.arange(rank)).flatten()
+        rows = (order[:, None] * rank + torch.arange(rank, device=order.device)).flatten()
         if self.form != "shared_a":
             self.A.copy_(self.A[rows])
         self.B.copy_(self.B[:, rows])

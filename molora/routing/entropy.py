@@ -10,11 +10,18 @@ import math
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..registry import Registry
 
 entropies = Registry("entropy")
 
 _NEAR_ONE = 1e-4  # closer to order 1 than this, the Shannon limit is more exact than the quotient in float32
+
+
+def _check_order(q: float) -> None:
+    # At q <= 0 an expert of probability 0 counts as much as any other, or infinitely more.
+    if not 0 < q < math.inf:
+        raise ConfigError(f"the order q of an entropy must be a positive number, got {q}; 1 is Shannon, 2 is Gini")
 
 
 def _log(probs: Tensor) -> Tensor:
@@ -37,6 +44,7 @@ def tsallis(probs: Tensor, *, q: float = 1.1) -> Tensor:
 
     DynMoLE (arXiv 2504.00661) switches on it with q = 1.1.
     """
+    _check_order(q)
     experts = probs.shape[-1]
     if experts == 1 or abs(q - 1) < _NEAR_ONE:
         return shannon(probs)
@@ -48,6 +56,7 @@ def tsallis(probs: Tensor, *, q: float = 1.1) -> Tensor:
 @entropies.register("renyi")
 def renyi(probs: Tensor, *, q: float = 2.0) -> Tensor:
     """Rényi entropy `ln(sum p^q) / (1 - q)`, divided by `ln E`; q = 1 is Shannon."""
+    _check_order(q)
     experts = probs.shape[-1]
     if experts == 1 or abs(q - 1) < _NEAR_ONE:
         return shannon(probs)

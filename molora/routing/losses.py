@@ -145,8 +145,11 @@ def check_loss(spec: Mapping[str, Any]) -> list[str]:
     if spec.get("over", "mean") not in ("mean", "sum"):
         problems.append(f"loss '{spec['name']}': over {spec['over']!r} is unknown; known: mean, sum")
     if not problems:
+        even = torch.full((1, 1, 2), 0.5)
         try:
-            WeightedLoss(spec)
+            loss = WeightedLoss(spec)
+            for progress in (0.0, 1.0):  # options with wrong values fail now, not in the first training step
+                loss(Routing(even, even, even), Context(progress=progress), 1)
         except ConfigError as error:
             problems.append(f"loss '{spec['name']}': {error}")
     return problems

@@ -106,6 +106,7 @@ class Router(nn.Module):
         self.link = Scheduled(links.get(link_name), link_options)
         selector_name, selector_options = split_spec(selector)
         self.selector = Scheduled(selectors.get(selector_name), selector_options)
+        self._selects = selectors.fact(selector_name, "sparse", False)
         self.price = None
         if price is not None:
             if "price" not in selectors.fact(selector_name, "given", ()):
@@ -114,7 +115,14 @@ class Router(nn.Module):
         self.pool = pools.build(pool, dim) if granularity == "prompt" else None
         # Fail now, not in the first forward, when an option cannot work with this many experts.
         for progress in (0.0, 1.0):
-            self._select(torch.full((1, 1, num_experts), 1.0 / num_experts), Context(progress=progress))
+            probs = self.link(torch.zeros(1, 1, num_experts), progress=progress)
+            self._select(probs, Context(progress=progress))
+
+    @property
+    def sparse(self) -> bool:
+        """Whether no gradient needs a gate that is zero, so that kernels may skip what is not selected."""
+        options = self.selector.fixed
+        return self._selects and options.get("grad", "soft") != "straight_through"
 
     def _select(self, probs: Tensor, ctx: Context) -> Tensor:
         if self.price is None:
@@ -143,10 +151,11 @@ def prompt_tokens(x: Tensor, ctx: Context) -> Tensor:
     """Return (B, S) bool: the tokens that a per-prompt decision may read.
 
     These are the valid prompt tokens; a row without any (everything in it is supervised) reads its first valid token,
-    so that no decision ever looks at an answer.
+    so that no decision ever looks at an answer. A row of padding only reads its first position, which nothing counts.
     """
     ones = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     valid = ones if ctx.valid is None else ctx.valid.to(x.device)
     inside = valid if ctx.prompt is None else valid & ctx.prompt.to(x.device)
+    valid = torch.where(valid.any(1, keepdim=True), valid, ones)
     first = valid & (valid.long().cumsum(1) == 1)
     return torch.where(inside.any(1, keepdim=True), inside, first)

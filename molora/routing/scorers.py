@@ -174,6 +174,31 @@ class MLP(nn.Module):
         self.outer.bias.copy_(self.outer.bias[order])
 
 
+@scorers.register("constant")
+class Constant(nn.Module):
+    """The same scores for every input: a fixed mixture of experts, or no routing at all with one expert.
+
+    Options:
+        learn: learn one score per expert, starting at 0; otherwise the scores stay 0 and there is nothing to train.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, learn: bool = True) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.zeros(num_experts)) if learn else None
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """Return (B, S, E) for x (B, S, d)."""
+        scores = x.new_zeros(self.num_experts) if self.weight is None else self.weight
+        return scores.expand(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def permute(self, order: Tensor) -> None:
+        """Put the experts in another order."""
+        if self.weight is not None:
+            self.weight.copy_(self.weight[order])
+
+
 @scorers.register("table", reads="task")
 class Table(nn.Module):
     """A learned row of scores per task, `scores = Z[task]`, Z: (num_tasks, E), as in Poly (arXiv 2202.13914).

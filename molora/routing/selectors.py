@@ -23,6 +23,8 @@ from ..registry import Registry
 from .entropy import entropies
 from .types import Context
 
+# Fact `sparse`: unless `grad` is straight_through, gradients reach the router through the gates of selected experts only,
+# so kernels may leave out the gradient of gates that are zero. A selector without it gets every gradient.
 selectors = Registry("selector")
 
 _SWITCHES = {
@@ -71,7 +73,7 @@ def weigh(
         if normalise == "sumk":
             gates = gates * mask.sum(-1, keepdim=True)
     if grad == "straight_through":
-        return gates.detach() + probs - probs.detach()
+        return gates.detach() + (probs - probs.detach())  # the bracket is exactly 0: no rounding of the gates
     return gates if grad == "soft" else gates.detach()
 
 
@@ -95,7 +97,7 @@ def softmax(probs: Tensor, ctx: Context, *, grad: str = "soft") -> Tensor:
     return probs if grad in ("soft", "straight_through") else probs.detach()
 
 
-@selectors.register("top_k", given=("price",))
+@selectors.register("top_k", given=("price",), sparse=True)
 def top_k(
     probs: Tensor,
     ctx: Context,
@@ -140,7 +142,7 @@ def nucleus(probs: Tensor, p: float, crossing: str, min_k: int) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, ranked.indices, kept)
 
 
-@selectors.register("top_p")
+@selectors.register("top_p", sparse=True)
 def top_p(
     probs: Tensor,
     ctx: Context,
@@ -173,7 +175,7 @@ def _check_nucleus(name: str, p: float, min_k: int) -> None:
         raise ConfigError(f"{name} needs min_k >= 0, got {min_k}")
 
 
-@selectors.register("entropy_switch")
+@selectors.register("entropy_switch", sparse=True)
 def entropy_switch(
     probs: Tensor,
     ctx: Context,

@@ -39,6 +39,7 @@ class Site:
         leads: whether this site takes the decision of its group (and holds its router).
         stack: which masks describe its input: `main`, `encoder`, or `cross` (encoder states read by a decoder).
         column: the one gate that belongs to this site when the experts are the sites of a block, else None.
+        sparse: whether the gradient of a gate that is zero is not needed (see Router.sparse).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Site:
     leads: bool = True
     stack: str = "main"
     column: int | None = None
+    sparse: bool = False
 
 
 @dataclass

@@ -44,9 +44,15 @@ class Context:
         return dataclasses.replace(self, valid=valid, prompt=prompt)
 
     def weights(self, like: Tensor) -> Tensor:
-        """Return (B, S) float32 weights of the decisions in `like` (B, S, E): 1 at real tokens, 0 at padding."""
-        if self.valid is not None and self.valid.shape == like.shape[:-1]:
-            return self.valid.to(device=like.device, dtype=torch.float32)
+        """Return (B, S) float32 weights of the decisions in `like` (B, S, E): 1 at real tokens, 0 at padding.
+
+        A decision per row (S = 1) counts unless the row is all padding.
+        """
+        valid = self.valid
+        if valid is not None and like.shape[1] == 1 and valid.shape[0] == like.shape[0]:
+            valid = valid.any(1, keepdim=True)
+        if valid is not None and valid.shape == like.shape[:-1]:
+            return valid.to(device=like.device, dtype=torch.float32)
         return torch.ones(like.shape[:-1], dtype=torch.float32, device=like.device)
 
 

@@ -67,6 +67,10 @@ def read_rows(source: str, *, fields: dict[str, str] | None = None, kind: str | 
             raise DataError(f'{where}: a row must be an object such as {{"text": ...}}, not {_show(raw)}')
         row = {ours: raw[fields.get(ours, ours)] for ours in FIELDS if fields.get(ours, ours) in raw}
         if not rows:
+            absent = [f"'{name}' ('{column}')" for name, column in fields.items() if name not in row]
+            if absent:
+                columns = _list(raw)
+                raise DataError(f"{where}: no column for field {', '.join(absent)}; columns here: {columns}")
             kind = kind or _guess_kind(row, raw, where)
             names = (*NEEDED[kind], *(name for name in OPTIONAL[kind] if name in row))
         rows.append(_check(row, raw, names, kind, where, fields))

@@ -239,7 +239,7 @@ def split(rows: Sequence[Row], eval_fraction: float, seed: int) -> tuple[list[Ro
     order = sorted(groups)
     rng.shuffle(order)  # so that ties do not always fall to the same labels
     share = {label: len(groups[label]) * eval_fraction for label in order}
-    take = {label: min(int(share[label]), len(groups[label]) - 1) for label in order}
+    take = {label: int(share[label]) for label in order}
     while sum(take.values()) < total:
         open_ = [label for label in order if take[label] < len(groups[label]) - 1]
         most = max(open_, key=lambda label: share[label] - take[label])
