@@ -143,6 +143,11 @@ class MoloraConfig(PeftConfig):
             found.append(f"experts.form 'module' chooses among the layers of a block: set share: block, not {self.share}")
         return found
 
+    def has_schedules(self) -> bool:
+        """Tell whether any number of this configuration follows training progress."""
+        specs = [spec for spec in (self.link, self.selector, *self.losses) if isinstance(spec, Mapping)]
+        return any(is_schedule(value) for spec in specs for value in spec.values())
+
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> MoloraConfig:
         """Build the config of a saved adapter; unlike PEFT, unknown keys and newer formats are errors."""

@@ -126,7 +126,7 @@ def set_progress(model: nn.Module, progress: float) -> None:
     """Tell schedules how far training is, in [0, 1]; `molora.attach(trainer)` does this for you."""
     if not 0 <= progress <= 1:
         raise ConfigError(f"progress must be in [0, 1], got {progress}")
-    trace_of(model).progress = float(progress)
+    trace_of(model).tell_progress(float(progress))
 
 
 def settle(model: nn.Module) -> None:

@@ -103,7 +103,7 @@ def test_rows_of_a_batch_decide_alone():
 
 
 def test_interleaved_generations_keep_their_own_decision():
-    model = wrapped()
+    model = wrapped().requires_grad_(False)
     other = (PROMPT + 20) % 90
     first, second = model(input_ids=PROMPT, use_cache=True), model(input_ids=other, use_cache=True)
     cache = copy.deepcopy(first.past_key_values)

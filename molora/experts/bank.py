@@ -151,7 +151,7 @@ class ExpertBank(nn.Module):
         A, B = self.stack()
         if self.dropout is not None and self.training:
             x = self.dropout(x.to(A.dtype))
-        return add_delta(y, x, A, B, gates, self.layout, in_place, sparse)
+        return add_delta(y, x, A, B, gates, self.layout, in_place, sparse, training=self.training)
 
     def pair(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return copies of A (r, d_in) and B (d_out, r) of one expert, without the bank's scaling."""

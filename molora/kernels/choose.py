@@ -107,6 +107,7 @@ def add_delta(
     layout: Layout,
     in_place: bool = False,
     sparse: bool = False,
+    training: bool = False,
 ) -> Tensor:
     """Return y plus the delta of the experts, by the kernel that fits.
 
@@ -118,16 +119,27 @@ def add_delta(
         layout: which ranks belong to which expert, and the scale.
         in_place: allow to write into y (see fused.py).
         sparse: whether the gradient of a gate that is zero does not matter, so that it need not be computed.
+        training: choose as if gradients were on: reentrant checkpointing runs a layer first without them, and the
+            recompute must round alike.
     """
-    name = choose(y, x, A, B, gates, layout, sparse)
+    name = choose(y, x, A, B, gates, layout, sparse, training)
     return KERNELS[name](y, x, A, B, gates, layout, in_place)
 
 
-def choose(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, sparse: bool) -> str:
+def choose(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gates: Tensor,
+    layout: Layout,
+    sparse: bool = False,
+    training: bool = False,
+) -> str:
     """Return the name of the kernel for these arguments (see `add_delta`)."""
     if torch.compiler.is_compiling():
         return "dense"  # the compiler fuses it, keeps what is cheapest, and traces it without a break
-    graded = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, A, B, gates))
+    graded = (training or torch.is_grad_enabled()) and any(t.requires_grad for t in (y, x, A, B, gates))
     if _forced is not None:
         return _checked(_forced, graded, y, x, A, B, layout)
     tokens, experts = x.numel() // x.shape[-1], layout.num_experts

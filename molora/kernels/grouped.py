@@ -66,7 +66,8 @@ class _Pairs:
 
 def _stacks(A: Tensor, B: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Return views A (E, r, d_in) and B (E, d_out, r)."""
-    return A.view(layout.num_experts, -1, A.shape[1]), B.view(B.shape[0], layout.num_experts, -1).transpose(0, 1)
+    by_expert = (layout.num_experts, layout.rank or 1)
+    return A.unflatten(0, by_expert), B.unflatten(1, by_expert).transpose(0, 1)
 
 
 def _forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout) -> Tensor:
@@ -116,7 +117,7 @@ class _Grouped(torch.autograd.Function):
             if need_gates:
                 dgates = torch.zeros_like(flat, dtype=A.dtype)
                 dgates[pairs.token, pairs.expert] = (dranks * hidden).sum(-1) * layout.scale
-                dgates = dgates.view(*x.shape[:-1], -1).sum_to_size(gates.shape).to(gates.dtype)
+                dgates = dgates.view(*x.shape[:-1], gates.shape[-1]).sum_to_size(gates.shape).to(gates.dtype)
             dranks = dranks * pairs.gate
             if need_A:
                 dA = torch.zeros_like(A) if empty else _grouped_mm(dranks.t(), rows, offs=pairs.ends).view(A.shape)

@@ -5,8 +5,7 @@ Shape letters: N tokens in any leading layout, E experts, r ranks of one expert,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,26 +19,24 @@ class Layout:
         ranks: the rank of each expert.
         shared: whether all experts read one A (r, d_in), each with its own columns of B (d_out, E * r).
         scale: multiplies the whole delta.
+        num_experts: E.
+        total: R, the ranks of all experts together, which is the number of columns of B.
+        rank: the rank r that all experts have, or None when they differ.
     """
 
     ranks: tuple[int, ...]
     shared: bool = False
     scale: float = 1.0
 
-    @cached_property
-    def num_experts(self) -> int:
-        """The number of experts E."""
-        return len(self.ranks)
+    # worked out once, since every call of a layer reads them
+    num_experts: int = field(init=False)
+    total: int = field(init=False)
+    rank: int | None = field(init=False)
 
-    @cached_property
-    def total(self) -> int:
-        """R: the ranks of all experts together, the columns of B."""
-        return sum(self.ranks)
-
-    @cached_property
-    def rank(self) -> int | None:
-        """The rank r that all experts have, or None when they differ."""
-        return self.ranks[0] if len(set(self.ranks)) == 1 else None
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_experts", len(self.ranks))
+        object.__setattr__(self, "total", sum(self.ranks))
+        object.__setattr__(self, "rank", self.ranks[0] if len(set(self.ranks)) == 1 else None)
 
     def owner(self, device: torch.device) -> Tensor:
         """Return (R,) long: the expert of each rank."""

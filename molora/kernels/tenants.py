@@ -47,7 +47,7 @@ def tenants(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: L
     Arguments as in `fused.fused`, with x (B, S, d_in) and gates (B, 1, E), or (B, S, E) at S = 1.
     """
     with full_precision(x.device):
-        found = gather(A, B, gates, layout, keep=x.shape[1] == 1)
+        found = gather(A, B, gates.expand(x.shape[0], *gates.shape[1:]), layout, keep=x.shape[1] == 1)
         if found is None:
             return y
         hidden = torch.bmm(x.to(A.dtype), found.A.transpose(1, 2))
@@ -73,8 +73,8 @@ def gather(A: Tensor, B: Tensor, gates: Tensor, layout: Layout, keep: bool) -> G
     chosen = rows.ne(0).to(torch.uint8).topk(most, dim=1).indices
     weights = rows.gather(1, chosen).to(A.dtype) * layout.scale
     rank = layout.rank or 1
-    some_A = A.view(layout.num_experts, rank, -1)[chosen].flatten(1, 2)
-    some_B = B.view(-1, layout.num_experts, rank).permute(1, 2, 0)[chosen] * weights[:, :, None, None]
+    some_A = A.unflatten(0, (layout.num_experts, rank))[chosen].flatten(1, 2)
+    some_B = B.unflatten(1, (layout.num_experts, rank)).permute(1, 2, 0)[chosen] * weights[:, :, None, None]
     found = Gathered(gates.clone(), versions or (0, 0), some_A, some_B.flatten(1, 2))
     if keep and versions is not None:
         _kept[A] = found

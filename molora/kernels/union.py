@@ -24,9 +24,11 @@ def union(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Lay
     """Return y plus the delta of the experts; arguments as in `fused.fused`."""
     experts, rank = layout.num_experts, layout.rank or 1
     used = gates.reshape(-1, experts).ne(0).any(0).nonzero().flatten()
+    if used.numel() == 0:
+        return y
     with full_precision(x.device):
-        some_A = A.view(experts, rank, -1).index_select(0, used).flatten(0, 1)
-        some_B = B.view(-1, experts, rank).index_select(1, used).flatten(1)
+        some_A = A.unflatten(0, (experts, rank)).index_select(0, used).flatten(0, 1)
+        some_B = B.unflatten(1, (experts, rank)).index_select(1, used).flatten(1)
         some_gates = gates.index_select(-1, used).to(A.dtype) * layout.scale
         ranks = some_gates if rank == 1 else some_gates[..., None].expand(*some_gates.shape, rank).flatten(-2)
         hidden = torch.nn.functional.linear(x.to(A.dtype), some_A) * ranks

@@ -76,6 +76,7 @@ class AuxLoss:
         self.live: list[Tensor] = []  # with graph
         self.ghosts: list[Tensor] = []  # values of reentrant first passes, without graph
         self.reentrant: set[str] = set()  # the decisions that ran without grad and will be injected
+        self.carried: list[Tensor] = []  # one sum per earlier forward of the same loss (see Trace.gathering)
         self.scale = _Scale()
         self.complete = False  # the forward that collected reached its end
         self.used = False
@@ -104,14 +105,22 @@ class AuxLoss:
         terms = self.live + self.ghosts
         return sum(term.detach() for term in terms) if terms else None
 
+    def carry(self, previous: AuxLoss) -> None:
+        """Take over what an earlier forward of the same loss collected."""
+        self.carried = [*previous.carried, sum(previous.live)]
+        previous.used = True
+
     def add_to(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        """Return `loss + share * aux`, exact in value and gradient for every kind of router call."""
+        """Return `loss + share * aux`, exact in value and gradient for every kind of router call.
+
+        When a loss was made of several forwards, aux is the mean over them, as if they had been one batch.
+        """
         if self.used or not (self.live or self.ghosts):
             return loss
         self.used = True
         self.scale.share = share
         if self.live:
-            loss = loss + share * sum(self.live)
+            loss = loss + share * (sum(self.live) + sum(self.carried)) / (1 + len(self.carried))
         if self.ghosts:
             loss = _Tap.apply(loss, self.scale) + share * sum(self.ghosts)
         return loss

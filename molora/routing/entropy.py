@@ -60,4 +60,8 @@ def renyi(probs: Tensor, *, q: float = 2.0) -> Tensor:
     experts = probs.shape[-1]
     if experts == 1 or abs(q - 1) < _NEAR_ONE:
         return shannon(probs)
-    return torch.logsumexp(q * _log(probs), dim=-1) / ((1 - q) * math.log(experts))
+    if abs(q - 1) < 0.1:  # dividing by a small 1 - q would blow up the rounding of a sum near 1
+        log_sum = torch.log1p((probs * torch.expm1((q - 1) * _log(probs))).sum(-1))
+    else:
+        log_sum = torch.logsumexp(q * _log(probs), dim=-1)
+    return log_sum / ((1 - q) * math.log(experts))

@@ -88,6 +88,10 @@ def build_schedule(spec: Mapping[str, Any]) -> Schedule:
     if start_value is None or (end_value is None and name != "constant"):
         raise ConfigError(f"schedule '{name}' needs 'from' (and 'to', unless it is constant)")
     end_value = start_value if end_value is None else end_value
+    values = {"from": start_value, "to": end_value, "start": start, "end": end}
+    wrong = [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, (int, float))]
+    if wrong:
+        raise ConfigError(f"schedule '{name}': {', '.join(f'{k}={values[k]!r}' for k in wrong)} must be numbers")
     if not 0 <= start <= end <= 1:
         raise ConfigError(f"schedule '{name}' needs 0 <= start <= end <= 1, got start={start}, end={end}")
     if name == "exponential" and start_value * end_value <= 0:

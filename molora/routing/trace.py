@@ -52,7 +52,6 @@ class Site:
     sparse: bool = False
 
 
-@dataclass
 class Pass:
     """The state of one forward.
 
@@ -62,25 +61,31 @@ class Pass:
         collecting: whether auxiliary losses and choices are collected (a training forward with gradients).
         cache: the key-value cache object of this forward, if any.
         continuing: whether the cache already held tokens, so that per-prompt decisions are reused.
+        decisions: the decisions that other sites or later forwards reuse, by group.
+        per_prompt: the groups whose decision outlives the forward, together with its cache.
+        aux: the auxiliary loss.
     """
 
-    contexts: dict[str, Context] = field(default_factory=dict)
-    shape: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    collecting: bool = False
-    cache: Any = None
-    continuing: bool = False
-    decisions: dict[str, Routing] = field(default_factory=dict)
-    per_prompt: set[str] = field(default_factory=set)  # groups whose decision outlives the forward, with its cache
-    aux: AuxLoss = field(default_factory=AuxLoss)
+    # not a dataclass: torch.compile cannot trace default factories
+    def __init__(self, collecting: bool = False, cache: Any = None) -> None:
+        self.collecting = collecting
+        self.cache = cache
+        self.continuing = False
+        self.contexts: dict[str, Context] = {}
+        self.shape: dict[str, tuple[int, ...]] = {}
+        self.decisions: dict[str, Routing] = {}
+        self.per_prompt: set[str] = set()
+        self.aux = AuxLoss()
 
 
 @dataclass
 class Plan:
-    """What an adapter asks of the trace: its losses, how many decisions a forward takes, per what, and where."""
+    """What an adapter asks of the trace: its losses, how many decisions a forward takes, and what else it needs."""
 
     losses: list[WeightedLoss]
     decisions: int
     by_prompt: bool = False
+    scheduled: bool = False
     sites: set[str] = field(default_factory=set)
 
 
@@ -109,6 +114,7 @@ class Trace:
         self._graded = self._now  # the latest pass with gradients
         self._is_open = False
         self._gathering = False
+        self._progress_told = False
         self._called: set[str] | None = set()  # layers seen in the first training forward, then None
         # Per-prompt decisions belong to the key-value cache they were taken with, so that interleaved generations
         # never exchange them.
@@ -128,6 +134,7 @@ class Trace:
     def open(self, new: Pass) -> None:
         """Begin a forward; raise AuxLossError if the previous training forward's auxiliary loss was never used."""
         if new.collecting:
+            self._warn_of_missing_progress()
             previous = self._graded.aux
             if previous.pending and not self._gathering:
                 previous.used = True  # say it once
@@ -142,8 +149,7 @@ class Trace:
                         "two training forwards before one backward cannot be told apart under reentrant gradient "
                         'checkpointing; use gradient_checkpointing_kwargs={"use_reentrant": False}'
                     )
-                new.aux.live.extend(previous.live)
-                previous.used = True
+                new.aux.carry(previous)
             self._graded = new
         self._now = new
         self._is_open = True
@@ -169,6 +175,20 @@ class Trace:
             yield
         finally:
             self._gathering = False
+
+    def _warn_of_missing_progress(self) -> None:
+        """Say once when schedules are configured but nothing drives them."""
+        if not self._progress_told and any(plan.scheduled for plan in self.plans.values()):
+            self._progress_told = True
+            warnings.warn(
+                "this adapter has schedules, but nothing tells it the progress of training, so they stay at their "
+                "start; call molora.attach(trainer) once, or molora.set_progress(model, p) in your own loop",
+                stacklevel=2,
+            )
+
+    def tell_progress(self, progress: float) -> None:
+        """Set the training progress in [0, 1] that schedules read."""
+        self.progress, self._progress_told = progress, True
 
     def _warn_of_bypassed(self) -> None:
         """Say once which layers were never called: some models read a weight and skip the layer around it."""
