@@ -1,4 +1,4 @@
-"""One Trainer step under DDP for each way of training; rank 0 writes the router gradients. Run by test_aux_exact.py."""
+"""One Trainer step under DDP for each way of training, and one under FSDP2; rank 0 writes the router gradients. Run by test_aux_exact.py."""
 
 import json
 import sys
@@ -50,6 +50,22 @@ def gradients(checkpointing: str, steps: int) -> dict[str, torch.Tensor]:
     return kept
 
 
+def sharded_gradients(share: str) -> dict[str, torch.Tensor]:
+    """Return the router gradients of one forward and backward under FSDP2, each process with half of the rows."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, data = wrapped(share=share), rows()
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    rank, half = torch.distributed.get_rank(), ROWS // 2
+    total = sum((row["labels"][1:] != -100).sum() for row in data)
+    loss = model(**stack(data[rank * half : (rank + 1) * half]), num_items_in_batch=total).loss
+    (loss * 2).backward()  # as Trainer does, to undo the average over two processes
+    parameters = [(n, p) for n, p in model.named_parameters() if "molora_router" in n and p.grad is not None]
+    return {name: parameter.grad.full_tensor() for name, parameter in parameters}
+
+
 def main(out: str) -> None:
     """Write the gradients of every way of training as JSON."""
     found = {
@@ -57,6 +73,8 @@ def main(out: str) -> None:
         for checkpointing in CHECKPOINTING
         for steps in STEPS
     }
+    for share in ("site", "block", "model"):
+        found[f"fsdp {share}"] = {name: g.tolist() for name, g in sharded_gradients(share).items()}
     if torch.distributed.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(found, file)

@@ -349,6 +349,17 @@ def test_two_processes(two_processes, checkpointing, steps):
     assert_equal({name: torch.tensor(values) for name, values in found.items()}, reference_of_pairs(steps))
 
 
+@pytest.mark.parametrize("share", ["site", "block", "model"])
+def test_fully_sharded(two_processes, share):
+    """FSDP2: the same router gradients as one process, whoever shares the router."""
+    model, data = wrapped(share=share), rows()
+    total = sum((row["labels"][1:] != -100).sum() for row in data)
+    for start in (0, ROWS // 2):
+        model(**stack(data[start : start + ROWS // 2]), num_items_in_batch=total).loss.backward()
+    found = two_processes[f"fsdp {share}"]
+    assert_equal({name: torch.tensor(values) for name, values in found.items()}, router_gradients(model))
+
+
 def reference_of_pairs(steps: int) -> dict[str, torch.Tensor]:
     """The reference with the micro-batches that two processes form from a sequential sampler."""
     model = wrapped()
