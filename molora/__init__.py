@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from .checkpoint import load, save
 from .config import MoloraConfig
 from .config import recipe_names as recipes
 from .control import add_aux, drop_aux, pin, record, report, set_progress, settle, using
 from .errors import AuxLossError, ConfigError, DataError, LoadError, MoloraError, RoutingError
+from .from_peft import import_peft
+from .to_peft import export_peft
+from .kernels.choose import kernel
 from .train.attach import attach
 from .tuner import wrap
 
@@ -25,10 +29,15 @@ __all__ = [
     "add_aux",
     "attach",
     "drop_aux",
+    "export_peft",
+    "import_peft",
+    "load",
+    "kernel",
     "pin",
-    "record",
     "recipes",
+    "record",
     "report",
+    "save",
     "set_progress",
     "settle",
     "using",

@@ -156,8 +156,10 @@ def _config_of(contents: Contents) -> MoloraConfig | None:
         return None
     kind = contents.config.get("peft_type")
     if kind != compat.MOLORA:
-        what = "a plain LoRA: make an expert of it with molora.import_peft(model, [path])" if kind == "LORA" else (
-            f"an adapter of type {kind!r}: load it with peft.PeftModel.from_pretrained"
+        what = (
+            "a plain LoRA: make an expert of it with molora.import_peft(model, [path])"
+            if kind == "LORA"
+            else (f"an adapter of type {kind!r}: load it with peft.PeftModel.from_pretrained")
         )
         contents.problems.append(f"it is no molora adapter but {what}")
         return None
@@ -185,7 +187,7 @@ def _insert(
     except (MoloraError, ValueError) as error:  # PEFT's own refusals are ValueErrors
         raise_all([*problems, str(error)], LoadError, head)
     raise_all(problems + misfits(peft_model, adapter_name, contents.tensors), LoadError, head)
-    config.fingerprint, config.base_model_name_or_path = saved
+    config.fingerprint, config.base_model_name_or_path = saved[0] or config.fingerprint, saved[1]
     if is_trainable and isinstance(model, PeftModel):
         peft_model.set_requires_grad(adapter_name)
     result = peft_model.load_adapter(str(contents.folder), adapter_name, is_trainable=is_trainable)

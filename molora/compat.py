@@ -7,6 +7,8 @@ assumptions no longer holds.
 from __future__ import annotations
 
 import inspect
+import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -144,18 +146,46 @@ def world_size_of(trainer: Any) -> int:
     return processes // trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else processes
 
 
+def keep_4bit_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on processors with AVX512-BF16, and undo it where it has.
+
+    There, the first forward in eval mode packs the weights for a kernel that passes no gradient on, so a training
+    forward afterwards silently loses the gradient of everything below; and a `state_dict()` in between leaves the
+    scales of the weights in the wrong order (bitsandbytes 0.50). Packing also rounds the scales to bfloat16, so a base
+    that has been run before it was wrapped is not quite the base it was: that is said.
+    """
+    packed = 0
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+                module.weight.data, state = unpack(module.weight.data, state)
+                if not state.nested:  # unpack leaves these scales as the packed format had them: (blocks, rows)
+                    state.absmax = state.absmax.T.reshape(-1).float()
+                packed += 1
+    if packed:
+        warnings.warn(
+            f"{packed} 4-bit layers had been run in eval mode on this CPU, where bitsandbytes rounds their scales to "
+            "bfloat16; wrap a model that was just loaded to train on its exact weights",
+            stacklevel=2,
+        )
+
+
 def embeddings_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of the input and output embeddings of a transformers model, wrapped or not, by path."""
-    modules = [getattr(model, name)() for name in _EMBEDDINGS if hasattr(model, name)]
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # not a transformers model, or one without them
+            found.append(getattr(model, name)())
     return {
         f"{path}.{name}": weight
         for path, module in model.named_modules()
-        if any(module is embedding for embedding in modules)
+        if any(module is embedding for embedding in found)
         for name, weight in module.named_parameters(recurse=False)
     }
-
-
-_EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 
 def is_floating(tensor: Tensor) -> bool:
@@ -199,3 +229,19 @@ def why_bypassed(model: nn.Module, leaf: str) -> str | None:
     if leaf in _BYPASSED.get(model_type, ()):
         return f"{model_type} reads its weight without calling the layer"
     return None
+
+
+def module_paths(base: nn.Module) -> list[str]:
+    """Return the paths of a base model's own modules, wrapped or not."""
+    return [
+        path.replace(".base_layer", "").replace(".original_module", "")
+        for path, _ in base.named_modules()
+        if path and "molora_" not in path and ".modules_to_save" not in path
+    ]
+
+
+def linear_sizes_of(base: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (d_in, d_out) of every linear layer of a base model, wrapped or not, by its path."""
+    return {
+        path: sizes for path in module_paths(base) if (sizes := linear_sizes(base.get_submodule(path))) is not None
+    }

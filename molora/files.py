@@ -207,7 +207,7 @@ def _check_layout(file: str, header: dict[str, Any], available: int) -> dict[str
     spans = []
     for name, entry in header.items():
         dtype, shape, span = (_get(entry, key) for key in ("dtype", "shape", "data_offsets"))
-        if dtype not in DTYPE_BYTES:
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
             raise LoadError(f"{file} is corrupt: tensor '{name}' has the unknown dtype {dtype!r}")
         if not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
             raise LoadError(f"{file} is corrupt: tensor '{name}' has shape {shape!r} and offsets {span!r}")

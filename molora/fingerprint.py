@@ -73,12 +73,16 @@ def differences(saved: Mapping[str, Any], model: Mapping[str, Any], weights: Map
 
 def _is_well_formed(saved: Any) -> bool:
     samples = saved.get("samples") if isinstance(saved, Mapping) else None
-    return isinstance(samples, Mapping) and "structure" in saved and all(
-        isinstance(sample, Mapping)
-        and isinstance(getattr(torch, str(sample.get("dtype")), None), torch.dtype)
-        and isinstance(sample.get("values"), list)
-        and all(isinstance(value, (int, float)) for value in sample["values"])
-        for sample in samples.values()
+    return (
+        isinstance(samples, Mapping)
+        and "structure" in saved
+        and all(
+            isinstance(sample, Mapping)
+            and isinstance(getattr(torch, str(sample.get("dtype")), None), torch.dtype)
+            and isinstance(sample.get("values"), list)
+            and all(isinstance(value, (int, float)) for value in sample["values"])
+            for sample in samples.values()
+        )
     )
 
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from .compat import PLAIN_LINEARS
 from .errors import RoutingError
 from .experts.bank import ExpertBank
+from .kernels.routed import Calls
 from .kernels.upcast import frozen_linear, has_hooks, upcasts
-from .routing.router import Router
+from .routing.scorers import Constant
 from .routing.trace import Site, Trace
+from .routing.types import Context
 
 
 class RoutedLinear(nn.Module, BaseTunerLayer):
@@ -42,6 +44,7 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         self.molora_bank = nn.ModuleDict()
         self.molora_router = nn.ModuleDict()  # only at the sites that take decisions
         self.sites: dict[str, Site] = {}
+        self._calls = Calls()
         self.upcast_base: bool | None = None  # None: by the rule in kernels/upcast.py
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -71,19 +74,26 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the base layer and the routed experts to x (..., d_in) -> (..., d_out)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()  # as PEFT does: disabled means the base as it was
         y = self._base(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return y
         # Plain linear layers return a fresh tensor that their backward does not read; 8-bit bases refuse such writes.
         in_place = type(self.base_layer) in PLAIN_LINEARS and not has_hooks(self.base_layer)
         for adapter in self.active_adapters:
             if adapter not in self.molora_bank:
                 continue
+            bank = self.molora_bank[adapter]
             router = self.molora_router[adapter] if adapter in self.molora_router else None
             site = self.sites[adapter]
+            # where nobody else needs the decision, one call may take it and apply it
+            alone = in_place and router is not None and self.trace.is_silent(site) and not bank.drops
+            if alone and self._calls.add_to(adapter, bank, router, y, x):
+                continue
             gates = self.trace.decide(site, router, x)
             sparse = site.sparse and self.trace.pins is None
-            y = self.molora_bank[adapter].add_to(y, x, gates, in_place=in_place, sparse=sparse)
+            y = bank.add_to(y, x, gates, in_place=in_place, sparse=sparse)
         return y
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -94,11 +104,12 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
 
     def constant_gates(self, adapter: str) -> Tensor:
         """Return gates (E,) that do not depend on the input; raise RoutingError when they do."""
-        bank = self.molora_bank[adapter]
-        if adapter in self.molora_router and bank.num_experts == 1:
-            router = self.molora_router[adapter]
-            if router.num_experts == 1 and router.link.function.__name__ == "softmax":
-                return torch.ones(1)
+        router = self.molora_router[adapter] if adapter in self.molora_router else None
+        if router is not None and self.sites[adapter].column is None:
+            alone = router.num_experts == 1 and router.link.function.__name__ == "softmax"  # its prob is always 1
+            if alone or isinstance(router.scorer, Constant):
+                nothing = torch.zeros(1, 1, self.d_in, device=next(self.molora_bank[adapter].parameters()).device)
+                return router(nothing, Context(progress=self.trace.progress)).gates.detach().flatten()
         raise RoutingError("the mixture depends on its input")
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -6,7 +6,7 @@ Everything here works on module paths alone, with no knowledge of any architectu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,9 @@ def depth_of(paths: Sequence[str]) -> dict[str, int]:
     return depth
 
 
-def experts_at(path: str, experts: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], depth: Mapping[str, int]) -> dict[str, Any]:
+def experts_at(
+    path: str, experts: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], depth: Mapping[str, int]
+) -> dict[str, Any]:
     """Return the `experts` mapping of one layer, with `num` resolved to a number.
 
     A list for `num` is laid over the depth of the stack (MoLA, arXiv 2402.08562): with n numbers and L blocks, block l
@@ -88,6 +90,21 @@ def scaling_of(spec: Mapping[str, Any]) -> float:
         raise ConfigError("experts of different ranks need an explicit experts.scaling, such as 1.0")
     rank = ranks.pop()
     return float(spec["alpha"]) / (rank**0.5 if spec["rslora"] else rank)
+
+
+def regex_of(paths: Iterable[str]) -> str:
+    """Return a regex that finds exactly these module paths."""
+    return "^(?:" + "|".join(re.escape(path) for path in paths) + ")$"
+
+
+def targets_of(paths: Iterable[str], all_paths: Iterable[str]) -> list[str] | str:
+    """Return PEFT target_modules that match exactly these of a model's modules, as short as can be."""
+    wanted, every = set(paths), list(all_paths)
+    for names in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
+        endings = tuple(f".{name}" for name in names)
+        if {path for path in every if path in names or path.endswith(endings)} == wanted:
+            return names
+    return regex_of(sorted(wanted))
 
 
 @dataclass

@@ -59,7 +59,9 @@ class MoloraModel(BaseTuner):
         try:
             self._check_before(model, adapter_name, config)
             if not hasattr(self, "trace"):
+                compat.keep_4bit_layout(model)
                 self.trace = Trace()
+                self.trace.progress = float(config.inference_mode)  # schedules of a finished adapter are at their end
                 self.hooks = ForwardHooks(model, self.trace)
                 self.reports: dict[str, Report] = {}
             self.reports[adapter_name] = Report()
@@ -145,20 +147,25 @@ class MoloraModel(BaseTuner):
             )
         groups: dict[str, list[str]] = {}
         for name in layers:
-            groups.setdefault(self._group_of(name, config.share), []).append(name)
+            groups.setdefault(self._group_of(adapter_name, name, config.share), []).append(name)
         for group, members in groups.items():
             self._plan_group(group, members, layers, adapter_name, config)
         self.trace.plans[adapter_name] = Plan(
-            [WeightedLoss(loss) for loss in config.losses], len(groups), config.granularity == "prompt", set(layers)
+            losses=[WeightedLoss(loss) for loss in config.losses],
+            decisions=len(groups),
+            by_prompt=config.granularity == "prompt",
+            scheduled=config.has_schedules(),
+            sites=set(layers),
         )
         self.reports[adapter_name].decisions = len(groups)
 
-    def _group_of(self, name: str, share: str) -> str:
+    def _group_of(self, adapter_name: str, name: str, share: str) -> str:
         place = place_of(name)
         if place.index is None:  # layers outside of the blocks (poolers, heads) see other inputs and decide alone
             share = "site"
         of = {"site": name, "block": place.block, "model": ""}[share]
-        return f"{share}:{of}:{compat.stack_of(name, self.hooks.encoder_path)}"
+        # with the adapter's name, so that two active adapters never read each other's decisions
+        return f"{adapter_name}:{share}:{of}:{compat.stack_of(name, self.hooks.encoder_path)}"
 
     def _plan_group(
         self, group: str, members: list[str], layers: dict[str, RoutedLinear], adapter_name: str, config: MoloraConfig
