@@ -99,6 +99,11 @@ class ExpertBank(nn.Module):
         """The number of experts E."""
         return len(self.ranks)
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts on the input of the experts now."""
+        return self.dropout is not None and self.training
+
     def freeze(self) -> None:
         """Make sure that frozen experts are not trainable; PEFT switches all parameters on with its adapters."""
         if self.all_frozen:
@@ -149,7 +154,7 @@ class ExpertBank(nn.Module):
             sparse: the gradient of a gate that is zero does not matter (see Router.sparse).
         """
         A, B = self.stack()
-        if self.dropout is not None and self.training:
+        if self.dropout is not None and self.drops:
             x = self.dropout(x.to(A.dtype))
         return add_delta(y, x, A, B, gates, self.layout, in_place, sparse, training=self.training)
 

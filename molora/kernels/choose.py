@@ -17,9 +17,10 @@ from ..errors import ConfigError, did_you_mean
 from . import grouped as _grouped
 from . import native as _native
 from . import tenants as _tenants
+from . import triton as _triton
 from . import union as _union
 from .dense import dense, dense_shared
-from .fused import fused, full_precision
+from .fused import full_precision, fused
 from .layout import Layout
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Layout, bool], Tensor]
@@ -39,7 +40,9 @@ UNION_SHARE = 0.6
 SMALL_STACK = 140_000  # R * (d_in + d_out)
 
 
-def definition(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool = False) -> Tensor:
+def definition(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool = False
+) -> Tensor:
     """Return y plus the delta by the definition in dense.py, under plain autograd; never in place."""
     with full_precision(x.device):
         scaled = gates.to(A.dtype) * layout.scale
@@ -57,15 +60,17 @@ KERNELS: dict[str, Kernel] = {
     "grouped": _grouped.grouped,
     "union": _union.union,
     "tenants": _tenants.tenants,
+    "triton": _triton.triton,
 }
 _LIMITS = {
     "native": _native.why_not,
     "grouped": _grouped.why_not,
     "union": _union.why_not,
     "tenants": _tenants.why_not,
+    "triton": _triton.why_not,
 }
 # these compute no gradient at all
-_INFERENCE_ONLY = ("union", "tenants")
+_INFERENCE_ONLY = ("union", "tenants", "triton")
 
 _forced: str | None = None
 
@@ -92,6 +97,11 @@ def kernel(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def is_forced() -> bool:
+    """Tell whether a kernel was asked for by name."""
+    return _forced is not None
 
 
 if os.environ.get("MOLORA_KERNEL"):
@@ -171,7 +181,9 @@ def _checked(name: str, graded: bool, y: Tensor, x: Tensor, A: Tensor, B: Tensor
     if reason is None and name in _LIMITS:
         reason = _LIMITS[name](y, x, A, B, layout)
     if reason is not None:
-        raise ConfigError(f"kernel '{name}' was asked for, but {reason}; use kernel 'fused' or leave the choice to the rule")
+        raise ConfigError(
+            f"kernel '{name}' was asked for, but {reason}; use kernel 'fused' or leave the choice to the rule"
+        )
     return name
 
 

@@ -94,7 +94,9 @@ def _rows(x: Tensor) -> Tensor:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool
+    ) -> Tensor:
         if in_place:
             y = writable(y, True)
         with full_precision(x.device):

@@ -41,7 +41,9 @@ def why_not(y: Tensor, x: Tensor, A: Tensor, B: Tensor, layout: Layout) -> str |
     return None
 
 
-def grouped(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool = False) -> Tensor:
+def grouped(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool = False
+) -> Tensor:
     """Return y plus the delta of the experts; arguments as in `fused.fused`. No gradient at gates that are zero."""
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, A, B, gates))):
         with full_precision(x.device):
@@ -89,7 +91,9 @@ def _forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, A, B, gates)
         ctx.layout = layout
         with full_precision(x.device):

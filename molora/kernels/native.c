@@ -170,14 +170,14 @@ static void axpy_strided(float *y, const float *b, long stride, long d, long r, 
     if (r % 8 == 0) {
         for (long o = 0; o < d; o++, b += stride) {
             v8 acc = {0};
-            __builtin_prefetch(b + 16 * stride);
+            __builtin_prefetch(b + 64 * stride);
             for (long j = 0; j < r; j += 8) acc += LOAD(b + j) * LOAD(h + j);
             y[o] += sum8(acc);
         }
     } else if (r == 4) {
         v4 hv = *(const v4 *)h;
         for (long o = 0; o < d; o++, b += stride) {
-            __builtin_prefetch(b + 16 * stride);
+            __builtin_prefetch(b + 64 * stride);
             v4 acc = *(const v4 *)b * hv;
             y[o] += (acc[0] + acc[1]) + (acc[2] + acc[3]);
         }
@@ -387,6 +387,55 @@ int molora_backward(const Layer *L, const float *x, const float *dy, const float
     return failed;
 }
 
+/* --- a thin product: scores of a router -------------------------------------------------------------------------- */
+
+static void thin_part(const float *x, const float *w, float *s, long from, long to, long d, long E) {
+    const float *rows[BLOCK];
+    for (long t = from; t < to; t += BLOCK) {
+        int n = to - t < BLOCK ? (int)(to - t) : BLOCK;
+        for (int m = 0; m < n; m++) rows[m] = x + (t + m) * d;
+        dots(n, rows, w, d, d, E, s + t * E);
+    }
+}
+
+static void thin(const float *x, const float *w, float *s, long T, long d, long E, int threads) {
+    if (threads <= 1) {
+        thin_part(x, w, s, 0, T, d, E);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int part = 0; part < threads; part++) thin_part(x, w, s, T * part / threads, T * (part + 1) / threads, d, E);
+}
+
+/* s (T, E) = x (T, d) w^T, w (E, d) */
+void molora_thin(const float *x, const float *w, float *s, long T, long d, long E, int threads) {
+    thin(x, w, s, T, d, E, threads);
+}
+
+/* dx (T, d) = ds (T, E) w and dw (E, d) = ds^T x; either may be NULL. Returns 1 when memory ran out. */
+int molora_thin_backward(const float *x, const float *w, const float *ds, float *dx, float *dw, long T, long d, long E,
+                         int threads) {
+    const float **rows = scratch(3, T * sizeof(float *));
+    if (!rows) return 1;
+    for (long t = 0; t < T; t++) rows[t] = x + t * d;
+    if (threads < 1) threads = 1;
+    if (dx) memset(dx, 0, T * d * sizeof(float));
+    if (dw) memset(dw, 0, E * d * sizeof(float));
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int part = 0; part < threads; part++) {
+        float *outs[BLOCK];
+        long from = T * part / threads, to = T * (part + 1) / threads;
+        for (long t = from; dx && t < to; t += BLOCK) {
+            int n = to - t < BLOCK ? (int)(to - t) : BLOCK;
+            for (int m = 0; m < n; m++) outs[m] = dx + (t + m) * d;
+            axpys(n, outs, w, d, d, E, ds + t * E);
+        }
+        long c0 = d / 16 * part / threads * 16, c1 = part + 1 == threads ? d : d / 16 * (part + 1) / threads * 16;
+        if (dw) outer(T, rows, ds, E, dw, d, c0, c1);
+    }
+    return 0;
+}
+
 /* --- the router, for decoding ---------------------------------------------------------------------------------- */
 
 static float entropy_of(const float *p, long E, int kind, float q) {
@@ -443,24 +492,19 @@ static void select_gates(const Layer *L, float *s, float *probs, int *order) {
 }
 
 /* Router and experts in one call: y (T, d_out) += experts of x (T, d_in) under the gates that the router gives x. */
-int molora_routed(const Layer *L, const float *x, float *y, long T) {
+int molora_routed(const Layer *L, const float *x, float *y, long T, int threads) {
     long E = L->E;
     float *gates = scratch(3, (size_t)(T + 1) * E * sizeof(float) + E * sizeof(int));
     if (!gates) return 1;
     float *probs = gates + T * E;
     int *order = (int *)(probs + E);
-    const float *rows[BLOCK];
-    for (long t = 0; t < T; t += BLOCK) {
-        int n = T - t < BLOCK ? (int)(T - t) : BLOCK;
-        for (int m = 0; m < n; m++) rows[m] = x + (t + m) * L->d_in;
-        dots(n, rows, L->W, L->d_in, L->d_in, E, gates + t * E);
-    }
+    thin(x, L->W, gates, T, L->d_in, E, threads);
     for (long t = 0; t < T; t++) {
         if (L->bias)
             for (long e = 0; e < E; e++) gates[t * E + e] += L->bias[e];
         select_gates(L, gates + t * E, probs, order);
     }
-    return molora_forward(L, x, y, gates, 1, T, 1);
+    return molora_forward(L, x, y, gates, 1, T, threads);
 }
 
 long molora_layer_size(void) { return (long)sizeof(Layer); }

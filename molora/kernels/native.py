@@ -34,7 +34,15 @@ logger = logging.getLogger("molora")
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered (vector units need it), but nothing assumes that NaN and Inf do not occur. -ffast-math would,
 # and with gcc it also makes the whole process flush denormal numbers to zero.
-FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
+FLAGS = (
+    "-O3",
+    "-fPIC",
+    "-std=gnu11",
+    "-ffp-contract=fast",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+)
 # Threads come from the OpenMP runtime that torch has loaded, so the operator is compiled for OpenMP but linked without
 # it: a second runtime would keep its idle threads spinning against torch's. If the symbols are not there, the second
 # attempt has one thread; the third is for compilers that do not know the processor.
@@ -117,7 +125,9 @@ def _load(path: Path) -> ctypes.CDLL:
         raise OSError("the C compiler lays structures out in another way than ctypes")
     loaded.molora_forward.argtypes = [pointer, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int]
     loaded.molora_backward.argtypes = [pointer, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 4, c_int]
-    loaded.molora_routed.argtypes = [pointer, c_void_p, c_void_p, c_long]
+    loaded.molora_routed.argtypes = [pointer, c_void_p, c_void_p, c_long, c_int]
+    loaded.molora_thin.argtypes = [c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int]
+    loaded.molora_thin_backward.argtypes = [*[c_void_p] * 5, c_long, c_long, c_long, c_int]
     return loaded
 
 
@@ -171,7 +181,8 @@ def _gate_rows(gates: Tensor, x: Tensor) -> tuple[Tensor, int]:
     return gates.reshape(rows, experts).to(torch.float32).contiguous(), max(tokens // max(rows, 1), 1)
 
 
-def _threads(tokens: int) -> int:
+def threads_for(tokens: int) -> int:
+    """Return on how many of torch's threads to work."""
     # starting threads costs as much as the work of a few tokens
     return min(torch.get_num_threads(), tokens // 32) if tokens >= 64 else 1
 
@@ -184,7 +195,7 @@ def _forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: 
     out = (y if in_place else writable(y, False)) if direct else torch.zeros(y.shape, dtype=torch.float32)
     layer = _layer(A, B, layout)
     failed = library().molora_forward(  # type: ignore[union-attr]
-        ctypes.byref(layer), x32.data_ptr(), out.data_ptr(), rows.data_ptr(), div, tokens, _threads(tokens)
+        ctypes.byref(layer), x32.data_ptr(), out.data_ptr(), rows.data_ptr(), div, tokens, threads_for(tokens)
     )
     if failed:
         raise MemoryError("the C operator ran out of memory")
@@ -195,7 +206,9 @@ def _forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: 
 
 class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, A, B, gates)
         ctx.layout = layout
         return _forward(writable(y, True) if in_place else y, x, A, B, gates, layout, in_place)
@@ -215,7 +228,14 @@ class _Native(torch.autograd.Function):
         layer = _layer(A, B, layout)
         grads = [None if t is None else t.data_ptr() for t in (dx, dA, dB, dgates)]
         failed = library().molora_backward(  # type: ignore[union-attr]
-            ctypes.byref(layer), x32.data_ptr(), dy32.data_ptr(), rows.data_ptr(), div, tokens, *grads, _threads(tokens)
+            ctypes.byref(layer),
+            x32.data_ptr(),
+            dy32.data_ptr(),
+            rows.data_ptr(),
+            div,
+            tokens,
+            *grads,
+            threads_for(tokens),
         )
         if failed:
             raise MemoryError("the C operator ran out of memory")

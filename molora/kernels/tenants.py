@@ -41,7 +41,9 @@ def why_not(y: Tensor, x: Tensor, A: Tensor, B: Tensor, layout: Layout) -> str |
     return None if x.dim() == 3 else f"it needs x (B, S, d_in), got {tuple(x.shape)}"
 
 
-def tenants(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool = False) -> Tensor:
+def tenants(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout, in_place: bool = False
+) -> Tensor:
     """Return y plus the delta of the experts of each row, without gradient.
 
     Arguments as in `fused.fused`, with x (B, S, d_in) and gates (B, 1, E), or (B, S, E) at S = 1.
