@@ -1,0 +1,249 @@
+"""What the commands of the command line do: call the library and print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import warnings
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+from .config import read_recipe, recipe_names
+from .errors import ConfigError, LoadError
+from .paths import recipes_dir
+from .registry import Registry
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one command; returns the exit code."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # what matters is said by molora
+    getLogger("bitsandbytes").setLevel(ERROR)
+    command = {"train": train, "eval": evaluate, "inspect": inspect, "recipes": recipes, "doctor": doctor}[args.command]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module=r"molora\.")
+        warnings.showwarning = lambda message, *rest, **more: note(str(message))
+        return command(args)
+
+
+def note(text: str) -> None:
+    """Print a remark on stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _fields(pairs: list[str]) -> dict[str, str]:
+    fields = {}
+    for pair in pairs:
+        ours, equals, theirs = pair.partition("=")
+        if not (equals and ours and theirs):
+            raise ConfigError(f"--field '{pair}' is not OURS=THEIRS; write text=headline")
+        fields[ours] = theirs
+    return fields
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train and save an adapter."""
+    from .report.tables import metrics_table
+    from .train.run import train as run_training
+    from .train.settings import TrainSettings
+
+    names = {f.name for f in dataclasses.fields(TrainSettings)} - {"fields", "output"}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    output = args.output or str(Path("runs", Path(args.recipe).stem))
+    result = run_training(TrainSettings(**given, fields=_fields(args.field), output=output))
+    for text in result.notes:
+        note(text)
+    print(
+        f"{result.steps} steps in {result.seconds:.1f} s; {result.trainable:,} of {result.total:,} parameters trained"
+        + ("" if result.train_loss is None else f"; mean training loss {result.train_loss:.4f}")
+    )
+    if result.metrics:
+        print("\n" + metrics_table(result.metrics) + "\n")
+    print(f"saved to {result.output}; look inside with: molora inspect {result.output}")
+    return 0
+
+
+# --- eval and inspect -------------------------------------------------------------------------------------------------
+
+
+def _read(args: argparse.Namespace, max_new_tokens: int) -> Any:
+    from .train.evaluate import evaluate_adapter
+
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {args.limit}")
+    return evaluate_adapter(
+        args.adapter,
+        args.data,
+        model=args.model,
+        fields=_fields(args.field),
+        quantize=args.quantize,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluate a saved adapter on data."""
+    from .report.tables import metrics_table
+
+    result = _read(args, args.max_new_tokens)
+    print(
+        json.dumps({"adapter": args.adapter, "tasks": result.tasks}, indent=1)
+        if args.json
+        else metrics_table(result.tasks)
+    )
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Show the routing of a saved adapter."""
+    from .errors import did_you_mean
+    from .files import local_folder
+    from .report.heatmap import write_png
+    from .report.tables import routing_table
+    from .routing.metrics import Usage
+    from .train.disk import ROUTING, read_json
+
+    if args.data:
+        usage, origin = _read(args, max_new_tokens=0).usage, "fresh data"
+    else:
+        path = local_folder(args.adapter) / ROUTING
+        if not path.is_file():
+            raise LoadError(f"adapter '{args.adapter}' holds no {ROUTING}, where training records routing; give --data")
+        content = read_json(path, "routing statistics")
+        usage, origin = Usage.from_dict(content), f"{content.get('data', 'recorded')} data of the training run"
+    if args.task is not None and args.task not in usage.counted_tasks:
+        raise ConfigError(f"task '{args.task}' was not counted{did_you_mean(args.task, usage.counted_tasks)}")
+    if args.png:
+        write_png(usage, args.png, f"{Path(args.adapter).name}: {origin}")
+    if args.json:
+        print(json.dumps(_usage_json(usage, args.task, origin), indent=1))
+    else:
+        print(routing_table(usage, args.task))
+        print(f"counted on {origin}")
+    if args.png:
+        note(f"wrote {args.png}")
+    return 0
+
+
+def _usage_json(usage: Any, task: str | None, origin: str) -> dict[str, Any]:
+    def figures(site: str, one: str | None) -> Any:
+        found = usage.figures(site, one)
+        return None if found is None else dataclasses.asdict(found)
+
+    return {
+        "data": origin,
+        "dead_below": usage.dead_below,
+        "sites": {
+            site: {
+                "shared": usage.group(site) is not None,
+                "all": figures(site, None),
+                "tasks": {one: figures(site, one) for one in usage.counted_tasks if task in (None, one)},
+            }
+            for site in usage.sites
+        },
+    }
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def recipes(args: argparse.Namespace) -> int:
+    """List recipes or components."""
+    from .report.tables import table
+
+    if args.components:
+        found = components()
+        if args.json:
+            print(json.dumps(found, indent=1))
+            return 0
+        for kind, entries in found.items():
+            print(f"{kind}")
+            for entry in entries:
+                options = ", ".join(entry["options"])
+                print(f"  {entry['name']:<16}{entry['summary']}" + (f"\n{'':18}options: {options}" if options else ""))
+        return 0
+    listed = [recipe_facts(name) for name in recipe_names()]
+    if args.json:
+        print(json.dumps(listed, indent=1))
+    else:
+        print(
+            table(
+                ["recipe", "arXiv", "what"], [[r["name"], r["arxiv"] or "-", r["what"]] for r in listed], left=(0, 1, 2)
+            )
+        )
+    return 0
+
+
+def recipe_facts(name: str) -> dict[str, Any]:
+    """Return name, one line and arXiv id of a recipe, from the header of its YAML."""
+    path = recipes_dir() / f"{name}.yaml"
+    header = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        header.append(line[1:].strip())
+    read_recipe(name)  # a listed recipe can be read
+    start = " ".join(header[: header.index("")] if "" in header else header[:1])
+    paper = re.search(r"arXiv (\d{4}\.\d{4,5})", " ".join(header))
+    return {"name": name, "what": start, "arxiv": paper[1] if paper else None, "path": str(path)}
+
+
+def components() -> dict[str, list[dict[str, Any]]]:
+    """Return every registered component by kind: name, first line of its docstring, options with their defaults."""
+    from .routing.entropy import entropies
+    from .routing.links import links
+    from .routing.losses import losses
+    from .routing.price import prices
+    from .routing.router import pools
+    from .routing.schedules import schedules
+    from .routing.scorers import scorers
+    from .routing.selectors import selectors
+
+    registries: list[Registry] = [scorers, links, selectors, prices, pools, losses, schedules, entropies]
+    return {registry.kind: [_component(registry, name) for name in registry] for registry in registries}
+
+
+def _component(registry: Registry, name: str) -> dict[str, Any]:
+    options = []
+    for key, parameter in registry.options(name).items():
+        required = parameter.default is parameter.empty
+        options.append(key if required else f"{key}={json.dumps(parameter.default)}")
+    return {"name": name, "summary": registry.summary(name), "options": options}
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Examine a recipe on a model."""
+    from .report.tables import findings_text
+    from .train.checkup import checkup
+
+    findings = checkup(
+        args.recipe,
+        args.model,
+        args.data or (),
+        adapter=args.adapter,
+        task_type=args.task_type,
+        quantize=args.quantize,
+        dtype=args.dtype,
+        overrides=args.set,
+        fields=_fields(args.field),
+        max_length=args.max_length,
+        grad_accum=args.grad_accum,
+        checkpointing=args.gradient_checkpointing,
+    )
+    print(json.dumps([dataclasses.asdict(f) for f in findings], indent=1) if args.json else findings_text(findings))
+    return int(any(finding.level == "fail" for finding in findings))

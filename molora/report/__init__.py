@@ -1,0 +1,1 @@
+"""Pictures and text tables of what routers do."""
