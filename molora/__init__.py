@@ -11,8 +11,8 @@ from .config import recipe_names as recipes
 from .control import add_aux, drop_aux, pin, record, report, set_progress, settle, using
 from .errors import AuxLossError, ConfigError, DataError, LoadError, MoloraError, RoutingError
 from .from_peft import import_peft
-from .to_peft import export_peft
 from .kernels.choose import kernel
+from .to_peft import export_peft
 from .train.attach import attach
 from .tuner import wrap
 
@@ -31,8 +31,8 @@ __all__ = [
     "drop_aux",
     "export_peft",
     "import_peft",
-    "load",
     "kernel",
+    "load",
     "pin",
     "recipes",
     "record",

@@ -182,7 +182,9 @@ def _insert(
             peft_model.add_adapter(adapter_name, config)
         else:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*(was renamed from|tie_word_embeddings).*")
+                warnings.filterwarnings(
+                    "ignore", message=".*(was renamed from|tie_word_embeddings|is_gradient_checkpointing).*"
+                )
                 peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     except (MoloraError, ValueError) as error:  # PEFT's own refusals are ValueErrors
         raise_all([*problems, str(error)], LoadError, head)

@@ -96,7 +96,7 @@ class MoloraConfig(PeftConfig):
 
     @classmethod
     def from_recipe(cls, recipe: str | Path | Mapping[str, Any] | MoloraConfig, **changes: Any) -> MoloraConfig:
-        """Return the config of a recipe with changes, for `get_peft_model` or `model.add_adapter`; see `molora.wrap`."""
+        """Return a recipe's config with changes, for `get_peft_model` or `model.add_adapter`; see `molora.wrap`."""
         return build_config(recipe, changes)
 
     def problems(self) -> list[str]:
@@ -140,7 +140,9 @@ class MoloraConfig(PeftConfig):
             )
         form = self.experts.get("form") if isinstance(self.experts, Mapping) else None
         if form == "module" and self.share != "block":
-            found.append(f"experts.form 'module' chooses among the layers of a block: set share: block, not {self.share}")
+            found.append(
+                f"experts.form 'module' chooses among the layers of a block: set share: block, not {self.share}"
+            )
         return found
 
     def has_schedules(self) -> bool:
@@ -174,7 +176,9 @@ class MoloraConfig(PeftConfig):
         finish(folder)
         pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix != ".safetensors")
         if folder.is_dir() and pickles and not (folder / "adapter_model.safetensors").exists():
-            raise LoadError(f"'{folder}' holds {pickles[0]}, a pickle, which molora never loads; save it as safetensors")
+            raise LoadError(
+                f"'{folder}' holds {pickles[0]}, a pickle, which molora never loads; save it as safetensors"
+            )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -300,7 +304,11 @@ def build_config(recipe: str | Path | Mapping[str, Any] | MoloraConfig, changes:
     base = copy.deepcopy(base)
     for key, value in changes.items():
         old = base.get(key)
-        renamed = isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) != old.get("name")
+        renamed = (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("name", old.get("name")) != old.get("name")
+        )
         if isinstance(value, Mapping) and isinstance(old, Mapping) and not renamed:
             base[key] = {**old, **value}
         elif isinstance(value, Mapping) and isinstance(old, str) and "name" not in value:

@@ -109,6 +109,9 @@ class ForwardHooks:
         # without decoder inputs the model makes them by shifting the labels
         tokens = _shape(decoder_ids, get(args, kwargs, "decoder_inputs_embeds")) or _shape(labels, None)
         valid = _valid(get(args, kwargs, "decoder_attention_mask"), tokens)
+        if valid is None and tokens is not None and _shape(labels, None) == tokens:
+            # what follows the last label is padding of the target: it predicts nothing
+            valid = (labels != -100).long().flip(1).cumsum(1).flip(1) > 0
         # The prompt of a decoder is its start token: through cross-attention it has seen the whole input.
         prompt = None
         if tokens is not None:

@@ -374,8 +374,8 @@ def wrap(
     if config.task_type is None and config.modules_to_save is None:
         config.modules_to_save = head_of(model)
     with warnings.catch_warnings():
-        # both are said better by our own checks
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        # the first is said better by our own checks; the second is between PEFT and transformers
+        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|is_gradient_checkpointing).*")
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     accept_own_arguments(peft_model)
     return peft_model

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import warnings
 
@@ -173,6 +174,11 @@ def test_a_new_head_is_saved_and_does_not_count_as_another_base(tmp_path):
     both = molora.load(molora.load(other, tmp_path), tmp_path, "second", is_trainable=True).eval()
     both.set_adapter("second")
     assert torch.equal(logits(both), logits(model))
+    # another number of classes is a head that does not fit, not another base
+    with pytest.raises(LoadError) as caught:
+        molora.load(tiny_bert_classifier(num_labels=5), tmp_path)
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 2 and all("classifier" in line and "has shape (3," in line for line in lines)
 
 
 def test_hub_repositories_come_from_the_cache_and_only_in_parts(tmp_path, monkeypatch):
@@ -507,6 +513,8 @@ def test_trains_saves_and_generates_on_every_kind_of_base(kind, checkpointing, s
     assert all(moved.values())
     trained = logits(model.eval())
     assert torch.equal(logits(copy.deepcopy(model)), trained)
+    if not checkpointing:  # transformers hooks a local function in for it, which no pickle holds
+        assert torch.equal(logits(pickle.loads(pickle.dumps(model))), trained)
     assert (trained - plain).abs().max() > 1e-3
     with model.disable_adapter():
         assert torch.equal(logits(model), plain)

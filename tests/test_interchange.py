@@ -5,12 +5,15 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 
 import molora
 from molora import ConfigError, LoadError
 from molora.control import routed_layers
+from molora.to_peft import _factors
 from tests.adapters import CONFIG, RECIPE, WEIGHTS, anatomy, change_config, change_tensors, logits, wrapped
 from tests.tiny import tiny_bert_classifier, tiny_gpt2, tiny_inputs, tiny_llama, tiny_t5
 
@@ -299,6 +302,16 @@ def test_an_export_is_exact_by_its_own_formula(tmp_path):
             for gate, s, r in zip(GATES, start, bank.ranks, strict=True)
         )
         assert torch.allclose(config["lora_alpha"] / config["r"] * B @ A, want, rtol=0, atol=1e-7)
+
+
+@given(scale=st.floats(1e-3, 1e3), rank=st.integers(1, 300))
+def test_the_scale_of_an_export_is_never_rounded(scale, rank):
+    """PEFT computes alpha / rank; where no alpha gives the scale, it is 1 and the scale goes into B."""
+    A, B = torch.ones(rank, 2), torch.ones(3, rank, dtype=torch.float64)
+    tensors, shapes = _factors({"layer": (A, B, scale)})
+    r, alpha = shapes["layer"]
+    B = tensors["base_model.model.layer.lora_B.weight"]
+    assert r == rank and (alpha / r) * B[0, 0].item() == scale
 
 
 def test_one_layer_of_each_block(tmp_path):

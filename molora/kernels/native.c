@@ -407,35 +407,6 @@ static void thin(const float *x, const float *w, float *s, long T, long d, long 
     for (int part = 0; part < threads; part++) thin_part(x, w, s, T * part / threads, T * (part + 1) / threads, d, E);
 }
 
-/* s (T, E) = x (T, d) w^T, w (E, d) */
-void molora_thin(const float *x, const float *w, float *s, long T, long d, long E, int threads) {
-    thin(x, w, s, T, d, E, threads);
-}
-
-/* dx (T, d) = ds (T, E) w and dw (E, d) = ds^T x; either may be NULL. Returns 1 when memory ran out. */
-int molora_thin_backward(const float *x, const float *w, const float *ds, float *dx, float *dw, long T, long d, long E,
-                         int threads) {
-    const float **rows = scratch(3, T * sizeof(float *));
-    if (!rows) return 1;
-    for (long t = 0; t < T; t++) rows[t] = x + t * d;
-    if (threads < 1) threads = 1;
-    if (dx) memset(dx, 0, T * d * sizeof(float));
-    if (dw) memset(dw, 0, E * d * sizeof(float));
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-    for (int part = 0; part < threads; part++) {
-        float *outs[BLOCK];
-        long from = T * part / threads, to = T * (part + 1) / threads;
-        for (long t = from; dx && t < to; t += BLOCK) {
-            int n = to - t < BLOCK ? (int)(to - t) : BLOCK;
-            for (int m = 0; m < n; m++) outs[m] = dx + (t + m) * d;
-            axpys(n, outs, w, d, d, E, ds + t * E);
-        }
-        long c0 = d / 16 * part / threads * 16, c1 = part + 1 == threads ? d : d / 16 * (part + 1) / threads * 16;
-        if (dw) outer(T, rows, ds, E, dw, d, c0, c1);
-    }
-    return 0;
-}
-
 /* --- the router, for decoding ---------------------------------------------------------------------------------- */
 
 static float entropy_of(const float *p, long E, int kind, float q) {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..registry import Registry, Spec, split_spec
 from .links import links
+from .links import softmax as softmax_link
 from .price import Price, prices
 from .schedules import Scheduled
-from .scorers import scorers
+from .scorers import Linear, scorers
 from .selectors import selectors
 from .types import Context, Routing
 
@@ -123,6 +127,39 @@ class Router(nn.Module):
         """Whether no gradient needs a gate that is zero, so that kernels may skip what is not selected."""
         options = self.selector.fixed
         return self._selects and options.get("grad", "soft") != "straight_through"
+
+    def plain_form(self) -> dict[str, Any] | None:
+        """Return how this router decides as plain numbers, for kernels that decide themselves; None when they cannot.
+
+        They know a decision per token by linear scores, softmax, and the selectors softmax, top_k, top_p and
+        entropy_switch with constant options. The keys are those of `Layer` in kernels/native.c.
+        """
+        if self.granularity != "token" or type(self.scorer) is not Linear or self.scorer.activation is not None:
+            return None
+        if self.link.function is not softmax_link or self.link.moving or self.selector.moving:
+            return None
+        kinds = {"softmax": 0, "top_k": 1, "top_p": 2, "entropy_switch": 3}
+        function = self.selector.function
+        name = function.__name__
+        if name not in kinds or selectors.get(name) is not function:
+            return None
+        given = inspect.signature(function).parameters
+        options = {key: p.default for key, p in given.items() if p.kind is p.KEYWORD_ONLY} | self.selector.fixed
+        if options.get("weight") == "biased" and self.price is not None:
+            return None
+        return {
+            "select": kinds[name],
+            "k": min(options.get("k", options.get("min_k", 0)), self.num_experts),
+            "normalise": ("none", "sum1", "sumk").index(options.get("normalise", "none")),
+            "constant": options.get("weight") == "const",
+            "omega": options.get("omega", 1.0),
+            "p": options.get("p", 1.0),
+            "crossing": options.get("crossing") == "include",
+            "entropy": ("shannon", "tsallis", "renyi").index(options.get("entropy", "shannon")),
+            "q": options.get("q", 1.0),
+            "threshold": options.get("threshold", 0.0),
+            "temperature": self.link.fixed.get("temperature", 1.0),
+        }
 
     def _select(self, probs: Tensor, ctx: Context) -> Tensor:
         if self.price is None:

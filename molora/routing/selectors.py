@@ -23,8 +23,8 @@ from ..registry import Registry
 from .entropy import entropies
 from .types import Context
 
-# Fact `sparse`: unless `grad` is straight_through, gradients reach the router through the gates of selected experts only,
-# so kernels may leave out the gradient of gates that are zero. A selector without it gets every gradient.
+# Fact `sparse`: unless `grad` is straight_through, gradients reach the router only through the gates of selected
+# experts, so kernels may leave out the gradient of gates that are zero. A selector without it gets every gradient.
 selectors = Registry("selector")
 
 _SWITCHES = {

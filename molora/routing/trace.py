@@ -228,6 +228,10 @@ class Trace:
         """The auxiliary loss of the latest training forward."""
         return self._graded.aux
 
+    def is_silent(self, site: Site) -> bool:
+        """Whether a decision at `site` would reach nobody but its own experts, so that a kernel may take it itself."""
+        return not (self.readers or site.shared or self._now.collecting) and self.pins is None and site.column is None
+
     # --- decisions ------------------------------------------------------------------------------------------------
 
     def decide(self, site: Site, router: Router | None, x: Tensor) -> Tensor:
