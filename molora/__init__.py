@@ -14,7 +14,7 @@ from .from_peft import import_peft
 from .kernels.choose import kernel
 from .to_peft import export_peft
 from .train.attach import attach
-from .tuner import wrap
+from .wrapping import wrap
 
 __version__ = "0.1.0.dev0"
 

@@ -25,8 +25,9 @@ from .errors import ConfigError, LoadError, MoloraError, raise_all
 from .files import CARD, Contents, TensorInfo, local_folder, look, mention_molora, replacing
 from .fingerprint import differences, of_model
 from .layers import RoutedLinear
-from .tuner import MoloraModel, accept_own_arguments, check_adapter_name
+from .tuner import MoloraModel, check_adapter_name
 from .undo import undone_on_error
+from .wrapping import accept_own_arguments
 
 
 def save(model: nn.Module, path: str | Path, adapter: str = "default") -> Path:

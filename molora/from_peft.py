@@ -24,8 +24,8 @@ from .control import routed_layers
 from .errors import ConfigError, LoadError, raise_all
 from .files import Contents, local_folder, look
 from .plan import regex_of, targets_of
-from .tuner import wrap
 from .undo import undone_on_error
+from .wrapping import wrap
 
 # The keys of a LoRA's config that are read here, or that cannot change its function once its tensors are there.
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}

@@ -28,6 +28,9 @@ from .routing.types import Context
 
 # Arguments that the hooks take for themselves and the base model never sees.
 OWN_ARGUMENTS = ("task_ids", "prompt_mask")
+# PEFT's forwards for CAUSAL_LM, SEQ_CLS, ... declare `task_ids` for Poly and drop it for every other type of adapter,
+# so it travels past them under another name.
+TASK_IDS = "molora_task_ids"
 
 
 class ForwardHooks:

@@ -93,7 +93,9 @@ class Registry:
         except ConfigError as error:
             return [str(error)]
         wrong = [
-            f"{self.kind} '{name}' has no option '{key}'{did_you_mean(key, known)}" for key in options if key not in known
+            f"{self.kind} '{name}' has no option '{key}'{did_you_mean(key, known)}"
+            for key in options
+            if key not in known
         ]
         missing = [k for k, p in known.items() if p.default is inspect.Parameter.empty and k not in options]
         return wrong + [f"{self.kind} '{name}' needs the option '{key}'" for key in missing]

@@ -1,30 +1,23 @@
-"""MoloraModel: the PEFT tuner that puts routed experts into a frozen model, and `wrap`, the one line that users call.
-
-`wrap(model, "dynmole")` returns what `peft.get_peft_model(model, MoloraConfig(...))` returns, so that Trainer,
-`save_pretrained`, `PeftModel.from_pretrained`, `disable_adapter`, quantised bases and the rest work as usual.
-"""
+"""MoloraModel: the PEFT tuner that puts routed experts into a frozen model, and knows which decisions they share."""
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from . import compat
-from .config import FORMAT_VERSION, MoloraConfig, build_config
+from .config import MoloraConfig
 from .errors import ConfigError, LoadError, raise_all
 from .experts.bank import ExpertBank
 from .fingerprint import differences, of_model
-from .hooks import OWN_ARGUMENTS, ForwardHooks
+from .hooks import OWN_ARGUMENTS, TASK_IDS, ForwardHooks
 from .layers import RoutedLinear
 from .plan import Report, depth_of, experts_at, place_of, ranks_of, scaling_of
 from .routing.losses import WeightedLoss
@@ -171,7 +164,8 @@ class MoloraModel(BaseTuner):
         self, group: str, members: list[str], layers: dict[str, RoutedLinear], adapter_name: str, config: MoloraConfig
     ) -> None:
         by_module = config.experts["form"] == "module"
-        counts = {len(members)} if by_module else {layers[name].molora_bank[adapter_name].num_experts for name in members}
+        counts = {layers[name].molora_bank[adapter_name].num_experts for name in members}
+        counts = {len(members)} if by_module else counts
         if len(counts) > 1:
             raise ConfigError(f"layers of group '{group}' share a decision but have {sorted(counts)} experts")
         leader = layers[members[0]]
@@ -222,8 +216,8 @@ class MoloraModel(BaseTuner):
                 "with molora.pin(model, gates): ..., gates (B, 1, E)"
             )
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
-        if kwargs.get(_TASK_IDS) is not None:
-            own["task_ids"] = kwargs[_TASK_IDS]
+        if kwargs.get(TASK_IDS) is not None:
+            own["task_ids"] = kwargs[TASK_IDS]
         before = (self.hooks.given, self.hooks.prompt_length)
         self.hooks.given = {**before[0], **own}
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -267,7 +261,13 @@ class MoloraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: MoloraConfig, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: MoloraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Select the tensors of one adapter: those of our layers only, whatever other tuners are nested in the base."""
         for module in model.modules():
@@ -321,85 +321,4 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         )
 
 
-def task_type_of(model: nn.Module) -> str | None:
-    """Return PEFT's task type by the name of the model's class, so that fresh heads are trained and saved."""
-    name = type(model).__name__
-    endings = {
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForCausalLM": "CAUSAL_LM",
-    }
-    found = next((task for ending, task in endings.items() if name.endswith(ending)), None)
-    # some models named ForConditionalGeneration are decoders with vision or speech before them
-    return None if found == "SEQ_2_SEQ_LM" and not compat.is_encoder_decoder(model) else found
-
-
-def head_of(model: nn.Module) -> list[str] | None:
-    """Return the head of a classifier for which PEFT has no task type (images, audio): it is trained whole."""
-    heads = [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
-    return heads if heads and type(model).__name__.endswith("Classification") else None
-
-
-def wrap(
-    model: nn.Module,
-    recipe: str | Path | Mapping[str, Any] | MoloraConfig = "molora",
-    *,
-    adapter_name: str = "default",
-    **changes: Any,
-) -> PeftModel:
-    """Freeze a model and put routed experts into it.
-
-    Args:
-        model: any model with linear layers; transformers models need nothing else.
-        recipe: a name (`molora.recipes()` lists them), a path to a YAML, a mapping, or a MoloraConfig.
-        adapter_name: what PEFT calls the adapter.
-        changes: fields of MoloraConfig that differ from the recipe; mappings are merged key by key, as in
-            `experts={"num": 4}` or `selector={"k": 1}`.
-
-    Returns:
-        A PeftModel, ready for any Trainer. `molora.report(model)` says what was wrapped and what was skipped.
-
-    Raises:
-        ConfigError: the recipe is unknown or contradicts itself, or nothing in the model matches it.
-    """
-    if isinstance(model, PeftModel):
-        raise ConfigError("the model is wrapped already; for a second adapter use model.add_adapter(name, molora.MoloraConfig.from_recipe(recipe))")
-    config = build_config(recipe, changes)
-    config.fingerprint = None if not isinstance(recipe, MoloraConfig) else config.fingerprint
-    if config.task_type is None:
-        config.task_type = task_type_of(model)
-    if config.task_type is None and config.modules_to_save is None:
-        config.modules_to_save = head_of(model)
-    with warnings.catch_warnings():
-        # the first is said better by our own checks; the second is between PEFT and transformers
-        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|is_gradient_checkpointing).*")
-        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    accept_own_arguments(peft_model)
-    return peft_model
-
-
-def accept_own_arguments(peft_model: PeftModel) -> None:
-    """Let `generate(task_ids=...)` through: PEFT hands these to the tuner and hides them from transformers' checks."""
-    own = {*OWN_ARGUMENTS, _TASK_IDS}
-    if not own <= set(peft_model.special_peft_forward_args):
-        peft_model.special_peft_forward_args = {*peft_model.special_peft_forward_args, *own}
-        peft_model.register_forward_pre_hook(_rename_task_ids, with_kwargs=True)
-
-
-# PEFT's forwards for CAUSAL_LM, SEQ_CLS, ... declare `task_ids` for Poly and drop it for every other type of adapter,
-# so it travels past them under another name.
-_TASK_IDS = "molora_task_ids"
-
-
-def _rename_task_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    if kwargs.get("task_ids") is None:
-        return args, kwargs
-    return args, {_TASK_IDS if name == "task_ids" else name: value for name, value in kwargs.items()}
-
-
 compat.register_tuner(MoloraConfig, MoloraModel)
-
-__all__ = ["FORMAT_VERSION", "MoloraModel", "wrap"]

@@ -151,9 +151,7 @@ def test_best_adapter_gives_the_reported_accuracy(run, record, demo_tasks):
         right, seen = 0, 0
         for line in (out / "evaluation" / f"{name}.jsonl").read_text().splitlines():
             row = json.loads(line)
-            given = tokenizer(
-                row["text"], row.get("text_pair"), truncation=True, max_length=32, return_tensors="pt"
-            )
+            given = tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=32, return_tensors="pt")
             with torch.no_grad():
                 logits = model(**given).logits[0, start : start + len(own)]
             right += own[int(logits.argmax())] == row["label"]

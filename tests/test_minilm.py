@@ -90,6 +90,6 @@ def test_minilm_learns_two_tasks(recipe, changes, data, tmp_path):
         assert layer.molora_bank["default"].stack()[1].abs().max() > 0, f"the experts of {name} were not trained"
     now = dict(model.named_parameters())
     assert all(not torch.equal(now[name], old) for name, old in routers.items())
-    weights = {name.replace(".base_layer", ""): parameter for name, parameter in model.base_model.model.named_parameters()}
+    weights = {name.replace(".base_layer", ""): p for name, p in model.base_model.model.named_parameters()}
     for name, old in frozen.items():
         assert torch.equal(weights[f"bert.{name}"], old), f"{name} of the frozen model has changed"

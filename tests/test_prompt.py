@@ -73,7 +73,9 @@ def test_the_answer_changes_no_decision():
 @pytest.mark.parametrize("amount", [1, 5])
 def test_padding_changes_nothing(granularity, side, amount):
     """Trap 5: neither the decision, nor the losses, nor the logits of real tokens."""
-    losses = [{"name": name, "weight": 1.0} for name in ("switch_balance", "router_z", "importance", "entropy", "tsallis")]
+    losses = [
+        {"name": name, "weight": 1.0} for name in ("switch_balance", "router_z", "importance", "entropy", "tsallis")
+    ]
     model = wrapped(granularity=granularity, losses=losses)
     batch = sequence(PROMPT, ANSWER)
     pad = torch.full((1, amount), 77)

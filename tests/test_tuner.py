@@ -78,7 +78,11 @@ def test_trains_saves_and_loads(build, share, granularity, tmp_path):
     assert all("molora_" in n or "modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
 
     model.eval().save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     # trainable like the saved one, for the reason above
     loaded = PeftModel.from_pretrained(build(), tmp_path, is_trainable=True).eval()
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
@@ -89,7 +93,9 @@ def test_trains_saves_and_loads(build, share, granularity, tmp_path):
 
 
 @pytest.mark.parametrize("build", GENERATE, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("changes", [{}, {"granularity": "prompt"}, {"granularity": "prompt", "share": "block"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"granularity": "prompt"}, {"granularity": "prompt", "share": "block"}], ids=str
+)
 def test_generates_the_same_with_and_without_a_cache(build, changes):
     model = make_experts_act(molora.wrap(build(), RECIPE, **changes)).eval()
     ids = torch.randint(4, 90, (2, 9))

@@ -341,5 +341,5 @@ def _dead(usage: Usage, config: MoloraConfig, has_losses: bool) -> Iterator[Find
 
 
 def _some(sites: Sequence[str], among: Any) -> str:
-    every = "all" if len(sites) == len(among) else f"{len(sites)} of {len(among)}"
+    every = f"all {len(among)}" if len(sites) == len(among) else f"{len(sites)} of {len(among)}"
     return f"{every} layers (first: '{sites[0]}')"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, MoloraError, did_you_mean
-from ..tuner import wrap
+from ..wrapping import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

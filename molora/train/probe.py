@@ -149,6 +149,9 @@ def restoring(model: nn.Module) -> Iterator[None]:
     trained = [(p, p.detach().clone(), p.grad) for p in model.parameters() if p.requires_grad]
     prices = [module.price for module in model.modules() if isinstance(module, Router) and module.price is not None]
     kept = [(price, price.value.clone(), price.chosen) for price in prices]
+    trace = trace_of(model)
+    told = trace._progress_told
+    trace.tell_progress(trace.progress)  # a user who forgets to tell it is warned in training, not here
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
@@ -163,6 +166,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
                 price.chosen = chosen
         for module, mode in modes:
             module.training = mode
+        trace._progress_told = told
         drop_aux(model)
 
 

@@ -122,9 +122,7 @@ def _check(
         kept[name] = value
     for name in ("label", "text_pair"):
         if name in row and name not in names and kind == "classification":
-            raise DataError(
-                f"{where}: field '{name}' is here but not in the first row; give it in all or none"
-            )
+            raise DataError(f"{where}: field '{name}' is here but not in the first row; give it in all or none")
     kept["where"] = where
     return kept
 
@@ -184,9 +182,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         byte = data[error.start]
-        raise DataError(
-            f"{path} line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
-        ) from None
+        raise DataError(f"{path} line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
     return text

@@ -35,9 +35,7 @@ class Task:
     kind: str
 
 
-def load_tasks(
-    specs: Sequence[str], *, fields: dict[str, str] | None = None, kind: str | None = None
-) -> list[Task]:
+def load_tasks(specs: Sequence[str], *, fields: dict[str, str] | None = None, kind: str | None = None) -> list[Task]:
     """Read several data sets that are mixed in one run; the order given is the order of task ids.
 
     Args:
@@ -198,9 +196,7 @@ class LabelMap:
             raise DataError(f"{path}: not a label map of format {_FORMAT}")
         labels = saved.get("labels")
         good = isinstance(labels, dict) and all(
-            isinstance(names, list)
-            and all(isinstance(n, str) for n in names)
-            and len(set(names)) == len(names)
+            isinstance(names, list) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)
             for names in labels.values()
         )
         if not good:

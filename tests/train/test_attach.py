@@ -46,10 +46,14 @@ def prices(model):
 def test_prices_move_once_per_optimizer_step(tmp_path, checkpointing):
     """Two micro-batches a step, and routers that run twice under checkpointing: still one move of `rate` a step."""
     model = molora.wrap(tiny_llama(), RECIPE)
-    options = {} if checkpointing is None else {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing},
-    }
+    options = (
+        {}
+        if checkpointing is None
+        else {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing},
+        }
+    )
     seen, observed = [], []
     trainer = molora.attach(trainer_for(model, tmp_path, gradient_accumulation_steps=2, **options))
     price = next(iter(routed_layers(model).values())).molora_router["default"].price

