@@ -1,4 +1,7 @@
-"""One Trainer step under DDP for each way of training, and one under FSDP2; rank 0 writes the router gradients. Run by test_aux_exact.py."""
+"""Router gradients of one Trainer step under DDP for each way of training, and under FSDP2.
+
+Rank 0 writes them as JSON; test_aux_exact.py starts it with torch.distributed.run.
+"""
 
 import json
 import sys
