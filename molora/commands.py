@@ -52,16 +52,14 @@ def _fields(pairs: list[str]) -> dict[str, str]:
 
 def train(args: argparse.Namespace) -> int:
     """Train and save an adapter."""
-    from .report.tables import metrics_table
+    from .reports.tables import metrics_table
     from .train.run import train as run_training
     from .train.settings import TrainSettings
 
     names = {f.name for f in dataclasses.fields(TrainSettings)} - {"fields", "output"}
     given = {name: value for name, value in vars(args).items() if name in names}
     output = args.output or str(Path("runs", Path(args.recipe).stem))
-    result = run_training(TrainSettings(**given, fields=_fields(args.field), output=output))
-    for text in result.notes:
-        note(text)
+    result = run_training(TrainSettings(**given, fields=_fields(args.field), output=output), tell=note)
     print(
         f"{result.steps} steps in {result.seconds:.1f} s; {result.trainable:,} of {result.total:,} parameters trained"
         + ("" if result.train_loss is None else f"; mean training loss {result.train_loss:.4f}")
@@ -95,7 +93,7 @@ def _read(args: argparse.Namespace, max_new_tokens: int) -> Any:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluate a saved adapter on data."""
-    from .report.tables import metrics_table
+    from .reports.tables import metrics_table
 
     result = _read(args, args.max_new_tokens)
     print(
@@ -110,8 +108,8 @@ def inspect(args: argparse.Namespace) -> int:
     """Show the routing of a saved adapter."""
     from .errors import did_you_mean
     from .files import local_folder
-    from .report.heatmap import write_png
-    from .report.tables import routing_table
+    from .reports.heatmap import write_png
+    from .reports.tables import routing_table
     from .routing.metrics import Usage
     from .train.disk import ROUTING, read_json
 
@@ -161,7 +159,7 @@ def _usage_json(usage: Any, task: str | None, origin: str) -> dict[str, Any]:
 
 def recipes(args: argparse.Namespace) -> int:
     """List recipes or components."""
-    from .report.tables import table
+    from .reports.tables import table
 
     if args.components:
         found = components()
@@ -228,7 +226,7 @@ def _component(registry: Registry, name: str) -> dict[str, Any]:
 
 def doctor(args: argparse.Namespace) -> int:
     """Examine a recipe on a model."""
-    from .report.tables import findings_text
+    from .reports.tables import findings_text
     from .train.checkup import checkup
 
     findings = checkup(

@@ -67,6 +67,8 @@ class MoloraConfig(PeftConfig):
         share: who shares a decision: `site` (nobody), `block` (the layers of one transformer block) or `model`.
         losses: list of `{name, weight, over, **options}`.
         layers: list of `{match, experts}`: regexes of module paths whose experts differ; the first match counts.
+        upcast_base: multiply frozen half-precision layers in float32, on CPUs; null leaves it to the rule of
+            molora/kernels/upcast.py, which does so where the processor has no units for half precision.
         format_version: version of the saved layout.
         fingerprint: of the base model, filled in by `wrap` (see molora/fingerprint.py).
     """
@@ -85,6 +87,7 @@ class MoloraConfig(PeftConfig):
     share: str = "site"
     losses: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    upcast_base: bool | None = None
     format_version: int = FORMAT_VERSION
     fingerprint: dict[str, Any] | None = None
 
@@ -117,6 +120,8 @@ class MoloraConfig(PeftConfig):
             found.append(f"granularity '{self.granularity}' is unknown{did_you_mean(self.granularity, GRANULARITIES)}")
         if self.share not in SHARES:
             found.append(f"share '{self.share}' is unknown{did_you_mean(self.share, SHARES)}")
+        if self.upcast_base is not None and not isinstance(self.upcast_base, bool):
+            found.append(f"upcast_base must be true, false or null, got {self.upcast_base!r}")
         found += self._combination_problems()
         for entry in lists["layers"]:
             if not isinstance(entry, Mapping) or set(entry) != {"match", "experts"}:

@@ -119,6 +119,21 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise ConfigError when a run cannot write into this folder; asked early, before a model is loaded."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output '{output}' is a file; give a folder")
+    if resume and overwrite:
+        raise ConfigError("--resume goes on and --overwrite starts again; give one of them")
+    used = [name for name in (TRAINING, "adapter_config.json") if (output / name).exists()]
+    used += [path.name for _, path in checkpoints_in(output / CHECKPOINTS)]
+    if used and not (resume or overwrite):
+        raise ConfigError(
+            f"output '{output}' is in use ({used[0]}); go on with --resume, replace it with --overwrite, or choose "
+            "another --output"
+        )
+
+
 def begin_run(output: Path, facts: dict[str, Any], *, resume: bool, overwrite: bool) -> tuple[Path | None, list[str]]:
     """Prepare an output folder and find where to go on.
 
@@ -134,18 +149,8 @@ def begin_run(output: Path, facts: dict[str, Any], *, resume: bool, overwrite: b
     Raises:
         ConfigError: the folder is in use, or the run to resume was another one.
     """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output '{output}' is a file; give a folder")
+    check_output(output, resume=resume, overwrite=overwrite)
     folder = output / CHECKPOINTS
-    used = [name for name in (TRAINING, "adapter_config.json") if (output / name).exists()]
-    used += [path.name for _, path in checkpoints_in(folder)]
-    if used and not (resume or overwrite):
-        raise ConfigError(
-            f"output '{output}' is in use ({used[0]}); go on with --resume, replace it with --overwrite, or choose "
-            "another --output"
-        )
-    if resume and overwrite:
-        raise ConfigError("--resume goes on and --overwrite starts again; give one of them")
     # what run.json will hold, so that the comparison is not misled by tuples and numbers as keys
     facts = json.loads(json.dumps(facts))
     start, notes = None, []

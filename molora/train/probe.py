@@ -84,8 +84,7 @@ class Probe:
         flat = []
         for site, layer in self.layers.items():
             bank = layer.molora_bank[self.adapter]
-            for name in ("A", "B"):
-                parameter = getattr(bank, name)
+            for name, parameter in (("A", bank.A), ("B", bank.Bt)):
                 if parameter.requires_grad:
                     parts[name][site] = _largest([parameter])
             if self.adapter in layer.molora_router:

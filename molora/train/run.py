@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -26,11 +26,25 @@ from ..control import report, set_progress
 from ..errors import ConfigError
 from .attach import attach
 from .data import Collator, LabelMap, Task, encode_classification, encode_generation, load_tasks, split
-from .disk import LABELS, ROUTING, TRAINING, begin_run, mark_complete, prune, read_json, save_tokenizer, write_json
+from .disk import (
+    LABELS,
+    ROUTING,
+    TRAINING,
+    begin_run,
+    check_output,
+    mark_complete,
+    prune,
+    read_json,
+    save_tokenizer,
+    write_json,
+)
 from .evaluate import Adapter, Evaluation, evaluate
 from .models import Base, load_base, load_config, longest, resolve_task_type, wrap_base
 from .scaling import ignores_token_count
 from .settings import DEFAULT_MAX_LENGTH, TrainSettings, resolve_recipe, run_facts, training_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Without an evaluation part, routing is looked at on this many training rows per task.
 TRAINING_ROWS_LOOKED_AT = 200
@@ -77,13 +91,18 @@ class Checkpoints(TrainerCallback):
             prune(folder, self.keep)
 
 
-def train(settings: TrainSettings) -> TrainResult:
+def train(settings: TrainSettings, tell: Callable[[str], None] = lambda note: None) -> TrainResult:
     """Train an adapter and write it to `settings.output`.
+
+    Args:
+        settings: what to train on what.
+        tell: called with each note before training begins; `TrainResult.notes` holds them too.
 
     Raises:
         ConfigError, DataError, LoadError: bad input, before anything is trained.
     """
     output = Path(settings.output).expanduser()
+    check_output(output, resume=settings.resume, overwrite=settings.overwrite)
     tasks = load_tasks(settings.data, fields=settings.fields, kind=_kind(settings))
     config, train_mapping = resolve_recipe(settings.recipe, settings.set, len(tasks))
     base_config = load_config(settings.model)
@@ -106,10 +125,15 @@ def train(settings: TrainSettings) -> TrainResult:
     )
     max_length = _max_length(settings, base)
     facts = run_facts(settings, config, train_mapping, arguments, tasks) | {"max_length": max_length}
+    model = wrap_base(base, config)
+    data = _encode(base, training, label_map, max_length)
     start, notes = begin_run(output, facts, resume=settings.resume, overwrite=settings.overwrite)
 
-    model = wrap_base(base, config)
-    trainer = _trainer(model, base, training, label_map, arguments, max_length, settings.keep)
+    notes += base.notes
+    for note in notes:
+        tell(note)
+
+    trainer = _trainer(model, data, Collator(base.tokenizer), arguments, settings.keep)
     trained = _train(trainer, start)
     adapter = Adapter(model, base, [task.name for task in tasks], label_map, max_length)
     result = TrainResult(
@@ -118,7 +142,7 @@ def train(settings: TrainSettings) -> TrainResult:
         steps=trainer.state.global_step,
         trainable=report(model).trainable,
         total=report(model).total,
-        notes=[*notes, *base.notes],
+        notes=notes,
         **trained,
     )
     if trainer.is_world_process_zero():
@@ -139,22 +163,13 @@ def _max_length(settings: TrainSettings, base: Base) -> int:
     return settings.max_length
 
 
-def _trainer(
-    model: PeftModel,
-    base: Base,
-    tasks: Sequence[Task],
-    label_map: LabelMap | None,
-    arguments: TrainingArguments,
-    max_length: int,
-    keep: int,
-) -> Trainer:
-    tokenizer = base.tokenizer
+def _encode(base: Base, tasks: Sequence[Task], label_map: LabelMap | None, max_length: int) -> Dataset:
     if label_map is not None:
-        data = encode_classification(tasks, tokenizer, label_map, max_length)
-    else:
-        pairs = base.task_type == "seq2seq_lm"
-        data = encode_generation(tasks, tokenizer, max_length, encoder_decoder=pairs)
-    collator = Collator(tokenizer)
+        return encode_classification(tasks, base.tokenizer, label_map, max_length)
+    return encode_generation(tasks, base.tokenizer, max_length, encoder_decoder=base.task_type == "seq2seq_lm")
+
+
+def _trainer(model: PeftModel, data: Dataset, collator: Collator, arguments: TrainingArguments, keep: int) -> Trainer:
     trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)

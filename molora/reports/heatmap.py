@@ -31,10 +31,10 @@ ACROSS = 10.5  # inches of panels in one line
 
 def share_matrix(usage: Usage, task: str | None = None) -> np.ndarray:
     """Return shares of the gate mass (sites, largest E); NaN where there is no such expert or nothing was counted."""
-    figures = [usage.figures(site, task) for site in usage.sites]
-    experts = max((one.num_experts for one in figures if one is not None), default=0)
-    matrix = np.full((len(figures), experts), np.nan)
-    for row, one in enumerate(figures):
+    experts = max((one.num_experts for site in usage.sites if (one := usage.figures(site))), default=0)
+    matrix = np.full((len(usage.sites), experts), np.nan)
+    for row, site in enumerate(usage.sites):
+        one = usage.figures(site, task)
         if one is not None:
             matrix[row, : one.num_experts] = one.gate_share
     return matrix

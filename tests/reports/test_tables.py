@@ -2,7 +2,7 @@
 
 import torch
 
-from molora.report.tables import bars, findings_text, metrics_table, routing_table, short_names, table
+from molora.reports.tables import bars, findings_text, metrics_table, routing_table, short_names, table
 from molora.routing.metrics import Usage
 from molora.routing.trace import Site
 from molora.routing.types import Context, Routing

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from molora.errors import ConfigError
-from molora.report.heatmap import draw, share_matrix, write_png
+from molora.reports.heatmap import draw, share_matrix, write_png
 from molora.routing.metrics import Usage
 from molora.routing.trace import Site
 from molora.routing.types import Context, Routing
