@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 import warnings
@@ -59,7 +60,11 @@ def train(args: argparse.Namespace) -> int:
     names = {f.name for f in dataclasses.fields(TrainSettings)} - {"fields", "output"}
     given = {name: value for name, value in vars(args).items() if name in names}
     output = args.output or str(Path("runs", Path(args.recipe).stem))
-    result = run_training(TrainSettings(**given, fields=_fields(args.field), output=output), tell=note)
+    talks = os.environ.get("RANK", "0") == "0"  # one of the processes that torchrun starts
+    settings = TrainSettings(**given, fields=_fields(args.field), output=output)
+    result = run_training(settings, tell=note if talks else lambda text: None)
+    if not talks:
+        return 0
     print(
         f"{result.steps} steps in {result.seconds:.1f} s; {result.trainable:,} of {result.total:,} parameters trained"
         + ("" if result.train_loss is None else f"; mean training loss {result.train_loss:.4f}")

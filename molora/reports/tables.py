@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..routing.metrics import Figures, Usage
 
 if TYPE_CHECKING:
-    from ..train.doctor import Finding
+    from ..train.findings import Finding
 
 _BARS = " ▁▂▃▄▅▆▇█"
 

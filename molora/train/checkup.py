@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data import Collator, LabelMap, Task, encode_classification, encode_generation, load_tasks
-from .doctor import Finding, doctor
+from .doctor import doctor
+from .findings import Finding
 from .models import load_base, load_config, longest, resolve_task_type, wrap_base
 from .settings import DEFAULT_MAX_LENGTH, resolve_recipe
 

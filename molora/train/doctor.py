@@ -8,34 +8,23 @@ and gradient checkpointing. Afterwards the model is as it was.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import misfits, peft_model_of
+from ..checkpoint import peft_model_of
 from ..config import MoloraConfig
-from ..control import report, trace_of
-from ..errors import MoloraError
-from ..files import local_folder, look
+from ..control import trace_of
 from ..registry import split_spec
 from ..routing.metrics import Usage
 from ..routing.scorers import scorers
+from .findings import Finding, folder_findings, parameters_findings, structure_findings
 from .probe import Probe, Step, checkpointed, is_reentrant, make_batch, restoring, without_checkpointing
 from .scaling import ignores_token_count, takes_loss_arguments
 
 TINY = 1e-7  # relative to the experts' gradient: what is smaller is rounding, not learning
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: how it is, and what to do about it."""
-
-    level: Literal["ok", "warn", "fail"]
-    what: str
-    next: str = ""
 
 
 def doctor(
@@ -62,10 +51,10 @@ def doctor(
         ConfigError: the model has no such adapter.
     """
     config = peft_model_of(model, adapter).peft_config[adapter]
-    found = [*_structure(model, adapter), *_parameters(model, adapter)]
+    found = [*structure_findings(model, adapter), *parameters_findings(model, adapter)]
     can_step = not any(finding.level == "fail" for finding in found)
     if folder is not None:
-        found += _folder(model, adapter, folder)
+        found += folder_findings(model, adapter, folder)
     if not can_step:
         return found
     with restoring(model):
@@ -75,73 +64,6 @@ def doctor(
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             found.append(Finding("fail", f"a training step stops with {reason}", "mend this first; then ask again"))
     return found
-
-
-# --- without a step ---------------------------------------------------------------------------------------------------
-
-
-def _structure(model: nn.Module, adapter: str) -> Iterator[Finding]:
-    what = report(model, adapter)
-    yield Finding("ok", f"{len(what.wrapped)} layers are routed by {what.decisions} decisions")
-    for path, reason in what.skipped.items():
-        yield Finding("warn", f"'{path}' was skipped: {reason}", "leave it out of target_modules if that is as meant")
-
-
-def _parameters(model: nn.Module, adapter: str) -> Iterator[Finding]:
-    ours, base = [], []
-    for name, parameter in model.named_parameters():
-        is_ours = "molora_" in name or ".modules_to_save." in name
-        (ours if is_ours else base).append((name, parameter))
-    mine = [(n, p) for n, p in ours if f".{adapter}." in n]
-    trained = [name for name, parameter in mine if parameter.requires_grad]
-    if not any("molora_" in name for name in trained):
-        yield Finding(
-            "fail",
-            f"adapter '{adapter}' is frozen: none of its parameters is trainable",
-            "load it with is_trainable=True, or call model.set_adapter(...) and model.set_requires_grad(...)",
-        )
-    else:
-        yield Finding("ok", f"{len(trained)} of the adapter's {len(mine)} tensors are trainable")
-    loose = [name for name, parameter in base if parameter.requires_grad]
-    if loose:
-        yield Finding(
-            "warn",
-            f"{len(loose)} tensors of the base are trainable, and saving the adapter will not save them "
-            f"(first: '{loose[0]}')",
-            "freeze them with requires_grad_(False), or list their modules in modules_to_save",
-        )
-    else:
-        yield Finding("ok", "the base is frozen")
-    broken = [name for name, parameter in ours if not torch.isfinite(parameter).all()]
-    if broken:
-        yield Finding("fail", f"{len(broken)} tensors hold NaN or Inf (first: '{broken[0]}')", "load or wrap it again")
-    low = [name for name, parameter in ours if "molora_" in name and parameter.dtype != torch.float32]
-    if low:
-        yield Finding(
-            "warn",
-            f"{len(low)} tensors of the adapter are not float32 (first: '{low[0]}'), so small updates are lost",
-            "do not call model.half() or .bfloat16() after wrapping; choose the base's dtype when it is loaded",
-        )
-
-
-def _folder(model: nn.Module, adapter: str, folder: str | Path) -> Iterator[Finding]:
-    try:
-        contents = look(local_folder(folder))
-    except MoloraError as error:
-        yield Finding("fail", str(error), "give the folder of a saved adapter")
-        return
-    problems = contents.problems or [
-        *misfits(peft_model_of(model, adapter), adapter, contents.tensors),
-        *contents.not_finite(),
-    ]
-    if not problems:
-        yield Finding("ok", f"all {len(contents.tensors)} tensors of '{folder}' fit this model")
-        return
-    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    yield Finding("fail", f"'{folder}' does not fit: {shown}", "use the model and the recipe it was trained with")
-
-
-# --- with steps -------------------------------------------------------------------------------------------------------
 
 
 def _training(
@@ -307,7 +229,8 @@ def _scaling(model: nn.Module, base: nn.Module, batch: dict[str, Any], accumulat
         yield Finding(
             "warn",
             f"{type(base).__name__} ignores num_items_in_batch, and Trainer then does not divide: under gradient "
-            f"accumulation its task loss counts {times}, and the auxiliary loss weighs that much less beside it",
+            f"accumulation its task loss counts {times}, and the auxiliary loss weighs that much less beside it; the "
+            "same holds for the number of processes under DDP",
             "set trainer.model_accepts_loss_kwargs = False after making the Trainer (molora train does so)",
         )
 

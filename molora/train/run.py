@@ -175,12 +175,12 @@ def _trainer(model: PeftModel, data: Dataset, collator: Collator, arguments: Tra
         trainer.remove_callback(PrinterCallback)
     attach(trainer)
     trainer.add_callback(Checkpoints(keep))
-    if arguments.gradient_accumulation_steps > 1 and trainer.model_accepts_loss_kwargs:
+    if trainer.model_accepts_loss_kwargs:
         inner = model.get_base_model()
         probe = {k: v.to(inner.device) for k, v in collator([data[0]]).items() if k != "task_ids"}
         with model.disable_adapter():
             if ignores_token_count(inner, inner, probe):
-                # its loss is a mean per micro-batch whatever it is told, so Trainer must divide it (see scaling.py)
+                # its loss is a mean over the micro-batch whatever it is told, so Trainer must scale it (see scaling.py)
                 trainer.model_accepts_loss_kwargs = False
     return trainer
 

@@ -1,8 +1,9 @@
 """Whether a model's loss counts the tokens of the whole optimizer batch, as Trainer believes it does.
 
-Trainer hands `num_items_in_batch` to every model whose forward takes extra keyword arguments, and then does not divide
-the loss by the number of accumulation steps. Several models (transformers' BertForSequenceClassification and T5 among
-them) take the argument and ignore it, so that their task loss counts once per accumulation step.
+Trainer hands `num_items_in_batch` to every model whose forward takes extra keyword arguments, then does not divide the
+loss by the number of accumulation steps, and multiplies it by the number of processes to undo DDP's averaging. Several
+models (transformers' BertForSequenceClassification and T5 among them) take the argument and ignore it, so that their
+task loss counts once per accumulation step and process.
 """
 
 from __future__ import annotations

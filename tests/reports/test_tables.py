@@ -6,7 +6,7 @@ from molora.reports.tables import bars, findings_text, metrics_table, routing_ta
 from molora.routing.metrics import Usage
 from molora.routing.trace import Site
 from molora.routing.types import Context, Routing
-from molora.train.doctor import Finding
+from molora.train.findings import Finding
 
 
 def usage_of(choices, experts, tasks=(), shared=False):

@@ -80,6 +80,7 @@ def test_the_model_is_as_it_was():
 
 
 def test_a_batch_of_ones_own():
+    assert molora.doctor is doctor
     model = molora.wrap(tiny_bert_classifier(), TOP_2)
     batch = tiny_inputs(model.get_base_model()) | {"labels": torch.tensor([0, 2])}
     assert "fail" not in levels(doctor(model, batch))
