@@ -8,12 +8,13 @@ from __future__ import annotations
 from .checkpoint import load, save
 from .config import MoloraConfig
 from .config import recipe_names as recipes
-from .control import add_aux, drop_aux, pin, record, report, set_progress, settle, using
+from .control import add_aux, drop_aux, pin, record, report, set_progress, settle, using, write_expert
 from .errors import AuxLossError, ConfigError, DataError, LoadError, MoloraError, RoutingError
 from .from_peft import import_peft
 from .kernels.choose import kernel
 from .to_peft import export_peft
 from .train.attach import attach
+from .train.doctor import doctor
 from .wrapping import wrap
 
 __version__ = "0.1.0.dev0"
@@ -28,6 +29,7 @@ __all__ = [
     "RoutingError",
     "add_aux",
     "attach",
+    "doctor",
     "drop_aux",
     "export_peft",
     "import_peft",
@@ -42,4 +44,5 @@ __all__ = [
     "settle",
     "using",
     "wrap",
+    "write_expert",
 ]

@@ -242,6 +242,4 @@ def module_paths(base: nn.Module) -> list[str]:
 
 def linear_sizes_of(base: nn.Module) -> dict[str, tuple[int, int]]:
     """Return (d_in, d_out) of every linear layer of a base model, wrapped or not, by its path."""
-    return {
-        path: sizes for path in module_paths(base) if (sizes := linear_sizes(base.get_submodule(path))) is not None
-    }
+    return {path: sizes for path in module_paths(base) if (sizes := linear_sizes(base.get_submodule(path))) is not None}

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean, raise_all
 from .layers import RoutedLinear
 from .plan import Report
 from .routing.router import Router
-from .routing.trace import Site, Trace
+from .routing.trace import Site, Trace, as_gates
 from .routing.types import Context, Routing
 from .tuner import MoloraModel
 
@@ -79,11 +79,51 @@ def pin(model: nn.Module, gates: Tensor | Mapping[str, Tensor]) -> Iterator[None
     """
     trace = trace_of(model)
     before = trace.pins
-    trace.pins = dict(gates) if isinstance(gates, Mapping) else gates
+    # laid out once, not in every layer of every forward
+    by_layer = isinstance(gates, Mapping)
+    trace.pins = {name: as_gates(given) for name, given in gates.items()} if by_layer else as_gates(gates)
     try:
         yield
     finally:
         trace.pins = before
+
+
+def write_expert(
+    model: nn.Module,
+    slot: int,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    scale: float | Mapping[str, float] = 1.0,
+    adapter: str = "default",
+) -> None:
+    """Replace one expert of a live model in place, whatever the number of experts: a few milliseconds for megabytes.
+
+    Nothing is allocated and no other expert is touched; the next forward reads the new one. Layers that `pairs` does
+    not name get a zero expert in this slot. Everything is checked before anything is written.
+
+    Args:
+        model: a wrapped model.
+        slot: which expert.
+        pairs: A (r, d_in) and B (d_out, r) by the path of the layer in the base model, r at most the slot's rank.
+        scale: what multiplies B A, such as alpha / r; one number, or one per layer path.
+        adapter: the name of the mixture.
+
+    Raises:
+        ConfigError: unknown layers, or tensors that do not fit.
+    """
+    layers = routed_layers(model, adapter)
+    problems = [f"layer '{path}' is not routed{did_you_mean(path, layers)}" for path in pairs if path not in layers]
+    banks = {path: layer.molora_bank[adapter] for path, layer in layers.items()}
+    for path, bank in banks.items():
+        wrong = bank.why_not_write(slot, *pairs.get(path, (None, None)))
+        problems += [f"layer '{path}': {wrong}"] if wrong else []
+    scales = scale if isinstance(scale, Mapping) else dict.fromkeys(pairs, scale)
+    problems += [f"scale names no number for layer '{path}'" for path in pairs if path not in scales]
+    raise_all(problems, ConfigError, f"expert {slot} cannot be written")
+    for path, bank in banks.items():
+        if path in pairs:
+            bank.write(slot, *pairs[path], scales[path])
+        else:
+            bank.clear(slot)
 
 
 @contextmanager

@@ -30,13 +30,17 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         base_layer: the untouched layer: nn.Linear, Conv1D or any quantised linear.
         d_in, d_out: its sizes.
         trace: the trace of the model.
+        upcast_base: whether a frozen half-precision base layer multiplies in float32; None: by the rule in
+            kernels/upcast.py.
     """
 
     # PEFT walks these containers, keyed by adapter name, to switch, freeze, cast, save and delete adapters.
     adapter_layer_names: tuple[str, ...] = ("molora_bank", "molora_router")
     other_param_names: tuple[str, ...] = ("sites",)
 
-    def __init__(self, base_layer: nn.Module, d_in: int, d_out: int, trace: Trace) -> None:
+    def __init__(
+        self, base_layer: nn.Module, d_in: int, d_out: int, trace: Trace, upcast_base: bool | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.d_in, self.d_out = d_in, d_out
@@ -45,7 +49,7 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         self.molora_router = nn.ModuleDict()  # only at the sites that take decisions
         self.sites: dict[str, Site] = {}
         self._calls = Calls()
-        self.upcast_base: bool | None = None  # None: by the rule in kernels/upcast.py
+        self.upcast_base = upcast_base
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -81,17 +85,20 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
             return y
         # Plain linear layers return a fresh tensor that their backward does not read; 8-bit bases refuse such writes.
         in_place = type(self.base_layer) in PLAIN_LINEARS and not has_hooks(self.base_layer)
+        # read as plain dicts: in decoding, every call of a ModuleDict costs as much as an expert
+        banks, routers = self.molora_bank._modules, self.molora_router._modules
         for adapter in self.active_adapters:
-            if adapter not in self.molora_bank:
+            bank, router = banks.get(adapter), routers.get(adapter)
+            if bank is None:
                 continue
-            bank = self.molora_bank[adapter]
-            router = self.molora_router[adapter] if adapter in self.molora_router else None
             site = self.sites[adapter]
             # where nobody else needs the decision, one call may take it and apply it
             alone = in_place and router is not None and self.trace.is_silent(site) and not bank.drops
-            if alone and self._calls.add_to(adapter, bank, router, y, x):
+            if alone and self._calls.decide_and_add(adapter, bank, router, y, x):
                 continue
             gates = self.trace.decide(site, router, x)
+            if in_place and not bank.drops and self._calls.add(adapter, bank, gates, y, x):
+                continue
             sparse = site.sparse and self.trace.pins is None
             y = bank.add_to(y, x, gates, in_place=in_place, sparse=sparse)
         return y

@@ -35,6 +35,4 @@ def _find(name: str) -> Path:
     # In site-packages the folder beside the package could be anybody's; a checkout has a pyproject.toml.
     if checkout.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file():
         return checkout
-    raise LoadError(
-        f"folder '{name}' of molora is missing: looked in {wheel} and {checkout}; install molora again"
-    )
+    raise LoadError(f"folder '{name}' of molora is missing: looked in {wheel} and {checkout}; install molora again")

@@ -115,7 +115,7 @@ class MoloraModel(BaseTuner):
         if isinstance(target, RoutedLinear):
             target.add(adapter_name, bank)
             return
-        layer = RoutedLinear(target, *sizes, self.trace)
+        layer = RoutedLinear(target, *sizes, self.trace, peft_config.upcast_base)
         layer.add(adapter_name, bank)
         layer.requires_grad_(False)  # PEFT switches the active adapters on afterwards
         self._replace_module(parent, target_name, layer, target)
@@ -312,7 +312,7 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     """
     segments = {segment for path, _ in model.named_modules() for segment in path.split(".")}
     segments -= {n for m in model.modules() if isinstance(m, RoutedLinear) for n in m.molora_bank}
-    segments |= {"A", "B", "weight", "bias", "base_layer", "scorer", "price", *RoutedLinear.adapter_layer_names}
+    segments |= {"A", "Bt", "weight", "bias", "base_layer", "scorer", "price", *RoutedLinear.adapter_layer_names}
     segments |= {"pool", "link", "selector", "value", "model", "base_model", "original_module", "modules_to_save"}
     if not name or "." in name or name in segments or name.startswith(compat.PREFIX):
         raise ConfigError(

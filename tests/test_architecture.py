@@ -43,14 +43,15 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         {"torch", "peft", "accelerate"},
         "MoloraModel is a BaseTuner; accelerate, to build on the meta device as PEFT does",
     ),
+    "wrapping": ({"errors", "compat", "config", "hooks"}, {"torch", "peft"}, "wrap() ends in get_peft_model"),
     "control": ({"errors", "plan", "layers", "tuner", "routing"}, {"torch"}, "what users tell a wrapped model"),
     "checkpoint": (
-        {"errors", "compat", "config", "files", "fingerprint", "layers", "tuner", "undo"},
+        {"errors", "compat", "config", "files", "fingerprint", "layers", "tuner", "undo", "wrapping"},
         {"torch", "peft"},
         "loads through PEFT's own layout",
     ),
     "from_peft": (
-        {"errors", "plan", "compat", "config", "control", "files", "tuner", "undo"},
+        {"errors", "plan", "compat", "config", "control", "files", "undo", "wrapping"},
         {"torch", "peft"},
         "reads LoraConfig and LoRA tensors",
     ),
@@ -60,23 +61,23 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         "writes LoraConfig and LoRA tensors",
     ),
     "train": (
-        {"molora", "errors", "registry", "compat", "config", "control", "checkpoint", "files", "tuner", "routing"},
+        {"molora", "errors", "registry", "compat", "config", "control", "checkpoint", "files", "wrapping", "routing"},
         {"torch", "peft", "transformers", "datasets", "huggingface_hub", "yaml"},
         "drives transformers' Trainer over datasets; the version of molora goes into the record of a run",
     ),
-    "report": (
+    "reports": (
         {"errors", "plan", "routing", "train"},
         {"matplotlib", "numpy"},
         "tables and pictures of what routing and doctor measured",
     ),
     "commands": (
-        {"errors", "registry", "paths", "config", "files", "routing", "train", "report"},
+        {"errors", "registry", "paths", "config", "files", "routing", "train", "reports"},
         {"transformers"},
         "one function per command; transformers, to set how much it prints",
     ),
     "cli": ({"errors", "commands"}, set(), "parse, call, print; quick, so it imports the rest only when needed"),
     "__init__": (
-        {"errors", "kernels", "config", "control", "checkpoint", "tuner", "from_peft", "to_peft", "train"},
+        {"errors", "kernels", "config", "control", "checkpoint", "wrapping", "from_peft", "to_peft", "train"},
         set(),
         "the public names, nothing else",
     ),

@@ -45,7 +45,7 @@ def wrapped(**changes):
     model = molora.wrap(tiny_llama(), RECIPE, **changes)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if name.endswith(".B"):
+        if name.endswith(".Bt"):
             parameter.data.normal_(std=0.3, generator=generator)
     return model.train()
 

@@ -105,9 +105,9 @@ def test_i5_at_the_start_only_b_learns_from_the_task(recipe):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             moves = parameter.grad is not None and parameter.grad.abs().max() > 0
-            assert not moves or name.endswith(".B"), f"{name} moves at step 0"
+            assert not moves or name.endswith(".Bt"), f"{name} moves at step 0"
     moving = [
-        n for n, p in model.named_parameters() if n.endswith(".B") and p.grad is not None and p.grad.abs().max() > 0
+        n for n, p in model.named_parameters() if n.endswith(".Bt") and p.grad is not None and p.grad.abs().max() > 0
     ]
     assert len(moving) >= 6
 

@@ -276,8 +276,8 @@ def test_exports_are_the_same_function_in_stock_peft(name, build, tmp_path):
         reference = PeftModel.from_pretrained(build(), tmp_path).eval()
         with molora.pin(model, gates):
             want, exact = logits(model), logits(copy.deepcopy(model).double())
-        # the float32 noise of a tiny GPT-2 alone is above 1e-6, so that one is compared in float64 only
-        assert build is tiny_gpt2 or (logits(reference) - want).abs().max() <= 1e-6
+        # the float32 noise of a tiny GPT-2 alone is above 3e-6, so that one is compared in float64 only
+        assert build is tiny_gpt2 or (logits(reference) - want).abs().max() <= 3e-6
         assert (logits(reference.double()) - exact).abs().max() <= 1e-6
         assert (exact - base).abs().max() > 1e-3
         merged = reference.merge_and_unload()  # so fan_in_fan_out is right, too

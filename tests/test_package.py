@@ -31,9 +31,7 @@ def test_every_pinned_version_is_exact_and_named_once_per_python():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines
     for line in lines:
-        assert re.fullmatch(
-            r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*( ; python_version (<|>=) \"3\.11\")?", line
-        ), line
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*( ; python_version (<|>=) \"3\.11\")?", line), line
     names = [re.split("==", line)[0].lower() + line.partition(";")[2] for line in lines]
     assert len(names) == len(set(names))
     assert "torch==2.13.0" in lines

@@ -65,9 +65,7 @@ def test_saved_folder_loads(tmp_path):
     model = tiny.tiny_bert_classifier(num_labels=4)
     folder = tiny.save_tiny(model, tiny.tiny_tokenizer(), tmp_path / "bert")
     loaded = tf.AutoModelForSequenceClassification.from_pretrained(folder)
-    tokens = tf.AutoTokenizer.from_pretrained(folder)(
-        ["a good film", "bad"], padding=True, return_tensors="pt"
-    )
+    tokens = tf.AutoTokenizer.from_pretrained(folder)(["a good film", "bad"], padding=True, return_tensors="pt")
     inputs = {k: tokens[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, loaded.eval()(**inputs).logits)

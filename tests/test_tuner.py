@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 import molora
 from molora.compat import MOLORA
 from molora.control import routed_layers
+from molora.errors import ConfigError
 from tests.tiny import (
     tiny_bert_classifier,
     tiny_gpt2,
@@ -271,3 +272,55 @@ def test_same_lora_as_peft():
         layers[name].lora_B["default"].weight.data = layer.molora_bank["default"].B.data.clone()
     batch = batch_for(base)
     torch.testing.assert_close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits, rtol=1e-6, atol=1e-6)
+
+
+# --- writing one expert into a live model -----------------------------------------------------------------------------
+
+
+def test_write_expert_replaces_one_slot_in_every_layer_and_nothing_else():
+    model = molora.wrap(tiny_llama(), "molora", experts={"num": 3, "rank": 4})
+    layers = routed_layers(model)
+    banks = {path: layer.molora_bank["default"] for path, layer in layers.items()}
+    for bank in banks.values():
+        torch.nn.init.normal_(bank.B)
+    before = {path: [bank.pair(expert) for expert in range(3)] for path, bank in banks.items()}
+    homes = {name: p.data_ptr() for name, p in model.named_parameters()}
+    left_out = next(iter(layers))
+    pairs = {p: (torch.randn(2, b.d_in), torch.randn(b.d_out, 2)) for p, b in banks.items() if p != left_out}
+    scales = {path: 0.25 * (1 + i % 3) for i, path in enumerate(pairs)}
+    molora.write_expert(model, 1, pairs, scales)
+    assert homes == {name: p.data_ptr() for name, p in model.named_parameters()}  # in place
+    for path, bank in banks.items():
+        written = bank.delta_weight(torch.tensor([0.0, 1.0, 0.0]))
+        expected = scales[path] * pairs[path][1] @ pairs[path][0] if path in pairs else torch.zeros_like(written)
+        torch.testing.assert_close(written, expected)
+        for other in (0, 2):
+            for mine, old in zip(bank.pair(other), before[path][other], strict=True):
+                assert torch.equal(mine, old)
+
+
+def test_write_expert_checks_everything_before_it_writes():
+    model = molora.wrap(tiny_llama(), "molora", experts={"num": 3, "rank": 4})
+    layers = routed_layers(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    first, *_, last = layers
+    pairs = {first: (torch.ones(4, layers[first].d_in), torch.ones(layers[first].d_out, 4))}
+    wrong = {last: (torch.ones(5, layers[last].d_in), torch.ones(layers[last].d_out, 5)), "model.nothing": pairs[first]}
+    with pytest.raises(ConfigError) as error:
+        molora.write_expert(model, 1, {**pairs, **wrong}, {first: 1.0, last: 1.0})
+    for part in ("'model.nothing' is not routed", f"layer '{last}': expert of A (5,", "no number for layer"):
+        assert part in str(error.value)
+    with pytest.raises(ConfigError, match="slot 3 does not exist"):
+        molora.write_expert(model, 3, pairs)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_upcast_base_reaches_the_layers_and_the_file(tmp_path):
+    assert molora.MoloraConfig().upcast_base is None
+    model = molora.wrap(tiny_llama(), "molora", upcast_base=True)
+    assert all(layer.upcast_base is True for layer in routed_layers(model).values())
+    molora.save(model, tmp_path)
+    again = molora.load(tiny_llama(), tmp_path)
+    assert all(layer.upcast_base is True for layer in routed_layers(again).values())
+    with pytest.raises(ConfigError, match="upcast_base must be true, false or null, got 'yes'"):
+        molora.MoloraConfig(upcast_base="yes")

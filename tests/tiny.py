@@ -142,9 +142,7 @@ def tiny_qwen3_moe(seed: int = 0, **changes) -> tf.Qwen3MoeForCausalLM:
     return _build(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**(options | changes)), seed)
 
 
-def tiny_inputs(
-    model: tf.PreTrainedModel, batch: int = 2, length: int = 7, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def tiny_inputs(model: tf.PreTrainedModel, batch: int = 2, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs without padding for `model(**inputs)`: ids (batch, length), or pixels for a ViT."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -185,9 +183,7 @@ def tiny_tokenizer(tmp_path: Path | str | None = None) -> tf.PreTrainedTokenizer
     return tf.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def save_tiny(
-    model: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerFast | None, path: Path | str
-) -> Path:
+def save_tiny(model: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerFast | None, path: Path | str) -> Path:
     """Write a folder for `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained`; returns it."""
     path = Path(path)
     model.save_pretrained(path)

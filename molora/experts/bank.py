@@ -2,6 +2,9 @@
 
     delta = scaling * B ((A dropout(x)) * spread(gates))        A: (R, d_in)   B: (d_out, R)
 
+B is stored transposed, as the parameter `Bt` (R, d_out): then the ranks of one expert lie together in both factors, so
+that few active experts are read, and one slot is written, without touching the others.
+
 Three forms fill the same stack: `lora` (one low-rank pair per expert; `spread` repeats each gate over its ranks),
 `rank` (every rank is an expert; `spread` is the identity) and `shared_a` (one A for all, one B per expert).
 """
@@ -65,16 +68,16 @@ class ExpertBank(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
         self.layout = Layout(self.ranks, form == "shared_a", self.scaling)
         self._live = [e for e in range(self.num_experts) if e not in self.frozen]
-        self.A, self.B = self._new(self._live, init)
+        self.A, self.Bt = self._new(self._live, init)
         # Frozen experts are parameters of their own: a gradient mask would still let weight decay move them.
-        self.frozen_A, self.frozen_B = self._new(list(self.frozen), init) if self.frozen else (None, None)
+        self.frozen_A, self.frozen_Bt = self._new(list(self.frozen), init) if self.frozen else (None, None)
         self._order = self._stack_order()
         self.freeze()
 
     def _new(self, experts: list[int], init: str | float) -> tuple[nn.Parameter, nn.Parameter]:
         width = sum(self.ranks[e] for e in experts)
         A = nn.Parameter(torch.empty(self.ranks[0] if self.form == "shared_a" else width, self.d_in))
-        B = nn.Parameter(torch.zeros(self.d_out, width))
+        Bt = nn.Parameter(torch.zeros(width, self.d_out))
         if init == "kaiming":
             # the bound depends on d_in only, so one call over the stack equals one per expert
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -82,7 +85,7 @@ class ExpertBank(nn.Module):
             nn.init.normal_(A, std=float(init))
         else:
             raise ConfigError(f"experts.init {init!r} is unknown; write 'kaiming' or a standard deviation like 0.02")
-        return A, B
+        return A, Bt
 
     def _stack_order(self) -> list[int] | None:
         """Return where each rank of expert order lies in the stack [trainable, frozen]; None when in order already."""
@@ -100,6 +103,11 @@ class ExpertBank(nn.Module):
         return len(self.ranks)
 
     @property
+    def B(self) -> Tensor:
+        """The trainable up-projections (d_out, R), a view of the parameter `Bt`."""
+        return self.Bt.t()
+
+    @property
     def drops(self) -> bool:
         """Whether dropout acts on the input of the experts now."""
         return self.dropout is not None and self.training
@@ -108,18 +116,18 @@ class ExpertBank(nn.Module):
         """Make sure that frozen experts are not trainable; PEFT switches all parameters on with its adapters."""
         if self.all_frozen:
             self.requires_grad_(False)
-        if self.frozen_A is not None and self.frozen_B is not None:
+        if self.frozen_A is not None and self.frozen_Bt is not None:
             self.frozen_A.requires_grad_(False)
-            self.frozen_B.requires_grad_(False)
+            self.frozen_Bt.requires_grad_(False)
 
     def stack(self) -> tuple[Tensor, Tensor]:
         """Return A (R, d_in) and B (d_out, R) with the ranks of expert 0 first, then expert 1, ..."""
-        if self.frozen_A is None or self.frozen_B is None:
-            return self.A, self.B
-        A, B = torch.cat([self.A, self.frozen_A]), torch.cat([self.B, self.frozen_B], dim=1)
+        if self.frozen_A is None or self.frozen_Bt is None:
+            return self.A, self.Bt.t()
+        A, Bt = torch.cat([self.A, self.frozen_A]), torch.cat([self.Bt, self.frozen_Bt])
         if self._order is not None:
-            A, B = A[self._order], B[:, self._order]
-        return A, B
+            A, Bt = A[self._order], Bt[self._order]
+        return A, Bt.t()
 
     def spread(self, gates: Tensor) -> Tensor:
         """Repeat gates (..., E) over the ranks of each expert -> (..., R)."""
@@ -175,26 +183,49 @@ class ExpertBank(nn.Module):
         Raises:
             ConfigError: the slot does not exist, or the tensors do not fit it.
         """
+        wrong = self.why_not_write(slot, A, B)
+        if wrong is not None:
+            raise ConfigError(wrong)
+        own_A, own_Bt = self._slot(slot)
+        filled = A.shape[0]
+        own_A[:filled].copy_(A)
+        own_Bt[:filled].copy_(B.t())
+        if scale != self.scaling:
+            own_Bt[:filled].mul_(scale / self.scaling)
+        if filled < len(own_A):
+            own_A[filled:].zero_()
+            own_Bt[filled:].zero_()
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Make one expert zero, in place."""
+        for own in self._slot(slot):
+            own.zero_()
+
+    def why_not_write(self, slot: int, A: Tensor | None = None, B: Tensor | None = None) -> str | None:
+        """Return why `write` would refuse these tensors (or any at all, without them), or None when it would not."""
         if not 0 <= slot < self.num_experts:
-            raise ConfigError(f"slot {slot} does not exist; the bank has {self.num_experts} experts")
+            return f"slot {slot} does not exist; the bank has {self.num_experts} experts"
         if self.form == "shared_a":
-            raise ConfigError("a bank with one shared A has no slots to write; use form: lora")
-        rank = self.ranks[slot]
+            return "a bank with one shared A has no slots to write; use form: lora"
+        if A is None or B is None:
+            return None
         fits = A.dim() == B.dim() == 2 and A.shape[1] == self.d_in and B.shape[0] == self.d_out
-        if not fits or A.shape[0] != B.shape[1] or A.shape[0] > rank:
-            raise ConfigError(
-                f"expert of A {tuple(A.shape)}, B {tuple(B.shape)} does not fit slot {slot}: "
-                f"need A (r, {self.d_in}), B ({self.d_out}, r) with r <= {rank}"
-            )
-        where = list(self.frozen) if slot in self.frozen else self._live
-        target_A = self.frozen_A if slot in self.frozen else self.A
-        target_B = self.frozen_B if slot in self.frozen else self.B
-        assert target_A is not None and target_B is not None
+        if fits and A.shape[0] == B.shape[1] and A.shape[0] <= self.ranks[slot]:
+            return None
+        return (
+            f"expert of A {tuple(A.shape)}, B {tuple(B.shape)} does not fit slot {slot}: "
+            f"need A (r, {self.d_in}), B ({self.d_out}, r) with r <= {self.ranks[slot]}"
+        )
+
+    def _slot(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return A (r, d_in) and Bt (r, d_out) of one expert as views of the parameters."""
+        A, Bt, where = self.A, self.Bt, self._live
+        if slot in self.frozen:
+            A, Bt, where = self.frozen_A, self.frozen_Bt, list(self.frozen)
         start = sum(self.ranks[e] for e in where[: where.index(slot)])
-        target_A[start : start + rank] = 0
-        target_B[:, start : start + rank] = 0
-        target_A[start : start + A.shape[0]] = A.to(target_A)
-        target_B[:, start : start + A.shape[0]] = B.to(target_B) * (scale / self.scaling)
+        ranks = slice(start, start + self.ranks[slot])
+        return A[ranks], Bt[ranks]
 
     def delta_weight(self, gates: Tensor) -> Tensor:
         """Return the weight change (d_out, d_in) of constant gates (E,): `scaling * sum_e g_e B_e A_e`."""
@@ -213,7 +244,7 @@ class ExpertBank(nn.Module):
         rows = (order[:, None] * rank + torch.arange(rank, device=order.device)).flatten()
         if self.form != "shared_a":
             self.A.copy_(self.A[rows])
-        self.B.copy_(self.B[:, rows])
+        self.Bt.copy_(self.Bt[rows])
 
 
 def _check(ranks: tuple[int, ...], form: str, dropout: float, frozen: Sequence[int]) -> None:

@@ -38,7 +38,7 @@ def fused(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Lay
         y: (..., d_out), the output of the base layer.
         x: (..., d_in) in any floating dtype.
         A: (R, d_in), or (r, d_in) when shared.
-        B: (d_out, R).
+        B: (d_out, R), best as the transpose of a contiguous (R, d_out), as banks store it.
         gates: (..., E), broadcastable to the leading axes of x.
         layout: which ranks belong to which expert, and the scale.
         in_place: allow to write into y. Only for a fresh y that nobody else holds and whose producer does not need
@@ -121,7 +121,7 @@ class _Fused(torch.autograd.Function):
             dy2 = _rows(dy).to(A.dtype)
             scaled = gates.to(A.dtype) * layout.scale
             if need_B:
-                dB = dy2.t() @ _rows(layout.gated(hidden, scaled))
+                dB = (_rows(layout.gated(hidden, scaled)).t() @ dy2).t()  # laid out as B is
             if need_x or need_A or need_gates:
                 dranks = (dy2 @ B).view(*lead, B.shape[1])
                 if need_gates:

@@ -67,9 +67,9 @@ class _Pairs:
 
 
 def _stacks(A: Tensor, B: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return views A (E, r, d_in) and B (E, d_out, r)."""
+    """Return views A (E, r, d_in) and Bt (E, r, d_out); a copy of B if it does not lie transposed, as in banks."""
     by_expert = (layout.num_experts, layout.rank or 1)
-    return A.unflatten(0, by_expert), B.unflatten(1, by_expert).transpose(0, 1)
+    return A.unflatten(0, by_expert), B.t().contiguous().unflatten(0, by_expert)
 
 
 def _forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Layout) -> Tensor:
@@ -77,10 +77,10 @@ def _forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: 
     pairs = _Pairs(leading(gates, x), layout, A.dtype)
     if pairs.token.numel() == 0:
         return y
-    A3, B3 = _stacks(A, B, layout)
+    A3, Bt3 = _stacks(A, B, layout)
     rows = x.reshape(-1, x.shape[-1])[pairs.token].to(A.dtype)
     hidden = _grouped_mm(rows, A3.transpose(1, 2), offs=pairs.ends) * pairs.gate
-    delta = _grouped_mm(hidden, B3.transpose(1, 2), offs=pairs.ends)
+    delta = _grouped_mm(hidden, Bt3, offs=pairs.ends)
     if y.dtype == delta.dtype and y.is_contiguous():
         y.view(-1, y.shape[-1]).index_add_(0, pairs.token, delta)
         return y
@@ -109,11 +109,13 @@ class _Grouped(torch.autograd.Function):
         dx = dA = dB = dgates = None
         with full_precision(x.device):
             pairs = _Pairs(flat, layout, A.dtype)
-            A3, B3 = _stacks(A, B, layout)
+            A3, Bt3 = _stacks(A, B, layout)
             empty = pairs.token.numel() == 0
             rows = x.reshape(-1, x.shape[-1])[pairs.token].to(A.dtype)
             grads = dy.reshape(-1, dy.shape[-1])[pairs.token].to(A.dtype)
-            dranks = grads.new_zeros(0, A3.shape[1]) if empty else _grouped_mm(grads, B3, offs=pairs.ends)
+            dranks = (
+                grads.new_zeros(0, A3.shape[1]) if empty else _grouped_mm(grads, Bt3.transpose(1, 2), offs=pairs.ends)
+            )
             if need_B or need_gates:
                 hidden = rows.new_zeros(0, A3.shape[1])
                 if not empty:
@@ -128,8 +130,8 @@ class _Grouped(torch.autograd.Function):
             if need_B:
                 dB = torch.zeros_like(B)
                 if not empty:
-                    by_expert = _grouped_mm(grads.t(), hidden * pairs.gate, offs=pairs.ends)  # (E, d_out, r)
-                    dB = by_expert.transpose(0, 1).reshape(B.shape)
+                    by_expert = _grouped_mm((hidden * pairs.gate).t(), grads, offs=pairs.ends)  # (E, r, d_out)
+                    dB = by_expert.flatten(0, 1).t()
             if need_x:
                 total = A.new_zeros(flat.shape[0], x.shape[-1])
                 if not empty:

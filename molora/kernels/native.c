@@ -1,8 +1,7 @@
 /* Routed low-rank experts in plain C: only the experts with a gate other than zero are computed, forward and backward.
  *
  * Shape letters: T tokens, d_in, d_out, E experts, r ranks per expert, R = E * r, M (token, expert) pairs with a gate.
- * Everything is float32. A is (R, d_in). B is (d_out, R) as the parameter is stored; nothing is repacked for a token
- * or two. Built and loaded by native.py; no header of torch or Python is needed. No state is kept between calls but
+ * Everything is float32. A is (R, d_in) and Bt, B transposed, (R, d_out), as the parameters are stored. Built and loaded by native.py; no header of torch or Python is needed. No state is kept between calls but
  * the scratch memory of each thread.
  *
  * Three inner loops do all the work, each blocked so that it runs near the speed of the arithmetic units:
@@ -16,19 +15,16 @@
 
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int i8 __attribute__((vector_size(32)));
-typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define LOAD(p) (*(const v8 *)(p))
 #define STORE(p, v) (*(v8 *)(p) = (v))
 
-enum { PACK_FROM = 4 };   /* so many tokens of one expert repay laying out B^T contiguously */
 enum { CHUNK = 64 };      /* tokens per pass of `outer`: their rows stay in the first-level cache */
 
 /* The constants of one routed layer, filled in by native.py in this order. */
 typedef struct {
     long d_in, d_out, E, r;
-    const float *A, *B;
-    long b_out, b_rank;   /* strides of B over outputs and over ranks */
+    const float *A, *Bt;
     float scale;
     /* the router, used by `routed` only */
     int select;           /* 0 softmax, 1 top-k, 2 top-p, 3 entropy switch */
@@ -165,31 +161,6 @@ static void outer(long n, const float *const *x, const float *h, long r, float *
     }
 }
 
-/* y (d) += B_e h with B read in place: b points at rank 0 of the expert, rows `stride` apart, ranks adjacent */
-static void axpy_strided(float *y, const float *b, long stride, long d, long r, const float *h) {
-    if (r % 8 == 0) {
-        for (long o = 0; o < d; o++, b += stride) {
-            v8 acc = {0};
-            __builtin_prefetch(b + 64 * stride);
-            for (long j = 0; j < r; j += 8) acc += LOAD(b + j) * LOAD(h + j);
-            y[o] += sum8(acc);
-        }
-    } else if (r == 4) {
-        v4 hv = *(const v4 *)h;
-        for (long o = 0; o < d; o++, b += stride) {
-            __builtin_prefetch(b + 64 * stride);
-            v4 acc = *(const v4 *)b * hv;
-            y[o] += (acc[0] + acc[1]) + (acc[2] + acc[3]);
-        }
-    } else {
-        for (long o = 0; o < d; o++, b += stride) {
-            float s = 0;
-            for (long j = 0; j < r; j++) s += b[j] * h[j];
-            y[o] += s;
-        }
-    }
-}
-
 /* --- which token uses which expert ----------------------------------------------------------------------------- */
 
 typedef struct {
@@ -238,35 +209,20 @@ static long first_from(const int *token, long lo, long hi, long t) {
     return lo;
 }
 
-/* B^T of one expert, (r, d_out) with row stride *ld: in place if it lies so already, else packed into `buffer` */
-static const float *b_rows(const Layer *L, long e, float *buffer, long *ld) {
-    const float *b = L->B + e * L->r * L->b_rank;
-    if (L->b_out == 1) {
-        *ld = L->b_rank;
-        return b;
-    }
-    for (long o = 0; o < L->d_out; o++)
-        for (long j = 0; j < L->r; j++) buffer[j * L->d_out + o] = b[o * L->b_out + j * L->b_rank];
-    *ld = L->d_out;
-    return buffer;
-}
-
 /* --- forward --------------------------------------------------------------------------------------------------- */
 
 enum { BLOCK = 48 }; /* tokens whose hidden values are kept at a time; a multiple of what dots and axpys take */
 
 static int forward_part(const Layer *L, const float *x, float *y, const Pairs *P, long from, long to) {
     long r = L->r;
-    float *h = scratch(2, (BLOCK * r + r * L->d_out) * sizeof(float)), *packed = h + BLOCK * r;
+    float *h = scratch(2, BLOCK * r * sizeof(float));
     const float *rows[BLOCK];
     float *outs[BLOCK];
     if (!h) return 1;
     for (long e = 0; e < L->E; e++) {
         long lo = first_from(P->token, P->start[e], P->start[e + 1], from);
-        long hi = first_from(P->token, lo, P->start[e + 1], to), ld = 0;
-        int strided = hi - lo < PACK_FROM && L->b_rank == 1;
-        const float *a = L->A + e * r * L->d_in;
-        const float *b = hi > lo && !strided ? b_rows(L, e, packed, &ld) : NULL;
+        long hi = first_from(P->token, lo, P->start[e + 1], to);
+        const float *a = L->A + e * r * L->d_in, *b = L->Bt + e * r * L->d_out;
         for (; lo < hi; lo += BLOCK) {
             int n = hi - lo < BLOCK ? (int)(hi - lo) : BLOCK;
             for (int m = 0; m < n; m++) {
@@ -276,10 +232,7 @@ static int forward_part(const Layer *L, const float *x, float *y, const Pairs *P
             dots(n, rows, a, L->d_in, L->d_in, r, h);
             for (int m = 0; m < n; m++)
                 for (long j = 0; j < r; j++) h[m * r + j] *= P->gate[lo + m];
-            if (!strided) axpys(n, outs, b, ld, L->d_out, r, h);
-            else
-                for (int m = 0; m < n; m++)
-                    axpy_strided(outs[m], L->B + e * r, L->b_out, L->d_out, r, h + m * r);
+            axpys(n, outs, b, L->d_out, L->d_out, r, h);
         }
     }
     return 0;
@@ -303,15 +256,12 @@ int molora_forward(const Layer *L, const float *x, float *y, const float *gates,
 static int backward_part(const Layer *L, const float *x, const float *dy, const Pairs *P, long from, long to,
                          float *hidden, float *dhidden, float *dx, float *dgates) {
     long r = L->r;
-    float *packed = scratch(2, r * L->d_out * sizeof(float));
     const float *rows[BLOCK], *grads[BLOCK];
     float *outs[BLOCK];
-    if (!packed) return 1;
     for (long e = 0; e < L->E; e++) {
         long lo = first_from(P->token, P->start[e], P->start[e + 1], from);
-        long hi = first_from(P->token, lo, P->start[e + 1], to), ld;
-        if (lo == hi) continue;
-        const float *a = L->A + e * r * L->d_in, *b = b_rows(L, e, packed, &ld);
+        long hi = first_from(P->token, lo, P->start[e + 1], to);
+        const float *a = L->A + e * r * L->d_in, *b = L->Bt + e * r * L->d_out;
         for (; lo < hi; lo += BLOCK) {
             int n = hi - lo < BLOCK ? (int)(hi - lo) : BLOCK;
             float *h = hidden + lo * r, *dh = dhidden + lo * r;
@@ -321,7 +271,7 @@ static int backward_part(const Layer *L, const float *x, const float *dy, const 
                 if (dx) outs[m] = dx + P->token[lo + m] * L->d_in;
             }
             dots(n, rows, a, L->d_in, L->d_in, r, h);
-            dots(n, grads, b, ld, L->d_out, r, dh);
+            dots(n, grads, b, L->d_out, L->d_out, r, dh);
             for (int m = 0; m < n; m++) {
                 float s = 0, gate = P->gate[lo + m];
                 for (long j = 0; j < r; j++) {
@@ -337,15 +287,14 @@ static int backward_part(const Layer *L, const float *x, const float *dy, const 
     return 0;
 }
 
-/* columns from..to (in parts of all) of dA (R, d_in) and of dB (d_out, R), contiguous, zero where no token came */
+/* one part of the columns of dA (R, d_in) and of dBt (R, d_out), zero where no token came */
 static int weights_part(const Layer *L, const float *x, const float *dy, const Pairs *P, const float *hidden,
-                        const float *dhidden, float *dA, float *dB, int part, int parts) {
-    long r = L->r, R = L->E * r, most = 0;
+                        const float *dhidden, float *dA, float *dBt, int part, int parts) {
+    long r = L->r, most = 0;
     for (long e = 0; e < L->E; e++)
         if (P->start[e + 1] - P->start[e] > most) most = P->start[e + 1] - P->start[e];
-    const float **rows = scratch(3, most * sizeof(float *) + r * L->d_out * sizeof(float));
-    float *buffer = (float *)(rows + most);
-    if (!rows) return 1;
+    const float **rows = scratch(3, most * sizeof(float *));
+    if (!rows && most) return 1;
     long i0 = L->d_in / 16 * part / parts * 16, i1 = part + 1 == parts ? L->d_in : L->d_in / 16 * (part + 1) / parts * 16;
     long o0 = L->d_out / 16 * part / parts * 16, o1 = part + 1 == parts ? L->d_out : L->d_out / 16 * (part + 1) / parts * 16;
     for (long e = 0; e < L->E; e++) {
@@ -355,21 +304,19 @@ static int weights_part(const Layer *L, const float *x, const float *dy, const P
             for (long m = 0; m < n; m++) rows[m] = x + P->token[lo + m] * L->d_in;
             outer(n, rows, dhidden + lo * r, r, dA + e * r * L->d_in, L->d_in, i0, i1);
         }
-        if (dB) {
-            for (long j = 0; j < r; j++) memset(buffer + j * L->d_out + o0, 0, (o1 - o0) * sizeof(float));
+        if (dBt) {
+            for (long j = 0; j < r; j++) memset(dBt + (e * r + j) * L->d_out + o0, 0, (o1 - o0) * sizeof(float));
             for (long m = 0; m < n; m++) rows[m] = dy + P->token[lo + m] * L->d_out;
-            outer(n, rows, hidden + lo * r, r, buffer, L->d_out, o0, o1);
-            for (long o = o0; o < o1; o++)
-                for (long j = 0; j < r; j++) dB[o * R + e * r + j] = buffer[j * L->d_out + o];
+            outer(n, rows, hidden + lo * r, r, dBt + e * r * L->d_out, L->d_out, o0, o1);
         }
     }
     return 0;
 }
 
-/* dx (T, d_in) gets added to; dA (R, d_in), dB (d_out, R) are written; dgates (T, E) is written at gates other than
+/* dx (T, d_in) gets added to; dA (R, d_in), dBt (R, d_out) are written; dgates (T, E) is written at gates other than
  * zero. Any of the four may be NULL. `hidden` and `dhidden` hold (M, r) each, M at most T * E. */
 int molora_backward(const Layer *L, const float *x, const float *dy, const float *gates, long div, long T, float *dx,
-                    float *dA, float *dB, float *dgates, int threads) {
+                    float *dA, float *dBt, float *dgates, int threads) {
     Pairs P;
     if (sort_pairs(L, gates, div, T, &P)) return 1;
     float *hidden = malloc(2 * (P.M * L->r + 1) * sizeof(float)), *dhidden = hidden + P.M * L->r;
@@ -378,10 +325,10 @@ int molora_backward(const Layer *L, const float *x, const float *dy, const float
 #pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
     for (int part = 0; part < parts; part++)
         failed |= backward_part(L, x, dy, &P, T * part / parts, T * (part + 1) / parts, hidden, dhidden, dx, dgates);
-    if (!failed && (dA || dB)) {
+    if (!failed && (dA || dBt)) {
 #pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
         for (int part = 0; part < parts; part++)
-            failed |= weights_part(L, x, dy, &P, hidden, dhidden, dA, dB, part, parts);
+            failed |= weights_part(L, x, dy, &P, hidden, dhidden, dA, dBt, part, parts);
     }
     free(hidden);
     return failed;

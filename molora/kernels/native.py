@@ -54,8 +54,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, c_long) for name in ("d_in", "d_out", "E", "r")),
-        *((name, c_void_p) for name in ("A", "B")),
-        *((name, c_long) for name in ("b_out", "b_rank")),
+        *((name, c_void_p) for name in ("A", "Bt")),
         ("scale", c_float),
         *((name, c_int) for name in ("select", "k", "normalise", "constant", "crossing", "entropy")),
         *((name, c_float) for name in ("temperature", "p", "threshold", "q", "omega")),
@@ -152,16 +151,15 @@ def native(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: La
     return _Native.apply(y, x, A, B, gates, layout, in_place)
 
 
-def _layer(A: Tensor, B: Tensor, layout: Layout) -> Layer:
+def layer_of(A: Tensor, Bt: Tensor, layout: Layout) -> Layer:
+    """Return the constants of a layer without a router, for contiguous A (R, d_in) and Bt (R, d_out)."""
     return Layer(
         d_in=A.shape[1],
-        d_out=B.shape[0],
+        d_out=Bt.shape[1],
         E=layout.num_experts,
         r=layout.rank,
         A=A.data_ptr(),
-        B=B.data_ptr(),
-        b_out=B.stride(0),
-        b_rank=B.stride(1),
+        Bt=Bt.data_ptr(),
         scale=layout.scale,
     )
 
@@ -191,7 +189,8 @@ def _forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: 
     x32 = x.to(torch.float32).contiguous()
     direct = y.dtype == torch.float32 and (y.is_contiguous() or not in_place)
     out = (y if in_place else writable(y, False)) if direct else torch.zeros(y.shape, dtype=torch.float32)
-    layer = _layer(A, B, layout)
+    Bt = B.t().contiguous()  # no copy of a bank's own B
+    layer = layer_of(A, Bt, layout)
     failed = library().molora_forward(  # type: ignore[union-attr]
         ctypes.byref(layer), x32.data_ptr(), out.data_ptr(), rows.data_ptr(), div, tokens, threads_for(tokens)
     )
@@ -221,10 +220,11 @@ class _Native(torch.autograd.Function):
         x32, dy32 = x.to(torch.float32).contiguous(), dy.to(torch.float32).contiguous()
         dx = torch.zeros(x.shape, dtype=torch.float32) if need_x else None
         dA = torch.empty_like(A) if need_A else None
-        dB = torch.empty(B.shape, dtype=torch.float32) if need_B else None
+        Bt = B.t().contiguous()
+        dBt = torch.empty_like(Bt) if need_B else None
         dgates = torch.zeros(*x.shape[:-1], gates.shape[-1]) if need_gates else None
-        layer = _layer(A, B, layout)
-        grads = [None if t is None else t.data_ptr() for t in (dx, dA, dB, dgates)]
+        layer = layer_of(A, Bt, layout)
+        grads = [None if t is None else t.data_ptr() for t in (dx, dA, dBt, dgates)]
         failed = library().molora_backward(  # type: ignore[union-attr]
             ctypes.byref(layer),
             x32.data_ptr(),
@@ -241,4 +241,4 @@ class _Native(torch.autograd.Function):
             dx = dx.to(x.dtype)
         if dgates is not None:
             dgates = dgates.sum_to_size(gates.shape).to(gates.dtype)
-        return dy if need_y else None, dx, dA, dB, dgates, None, None
+        return dy if need_y else None, dx, dA, None if dBt is None else dBt.t(), dgates, None, None

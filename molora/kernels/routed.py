@@ -1,8 +1,11 @@
-"""Router and experts of one layer in a single C call, without gradient: what decoding and prefill run on a CPU.
+"""Prepared C calls of one layer, without gradient: what decoding and prefill run on a CPU.
 
 With one token per sequence a layer's arithmetic takes a few microseconds, and every operator of torch as much again, so
-the call is prepared once per layer and repeated with three numbers. It stands in for `Trace.decide` and the bank only
-where both would do nothing else: a decision per token by a linear scorer that nobody records, pins or shares.
+a call is prepared once per layer and repeated with a few numbers. There are two:
+
+- `Routed`, router and experts in one. It stands in for `Trace.decide` and the bank only where both would do nothing
+  else: a decision per token by a linear scorer that nobody records, pins or shares.
+- `Decided`, the experts under gates that are known: pinned ones (tenants), or a decision shared with other layers.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from torch import Tensor, nn
 
 from .choose import FEW_TOKENS, NATIVE_ACTIVE_SHARE, NATIVE_RANK, is_forced
 from .layout import Layout
-from .native import Layer, library, threads_for
+from .native import Layer, layer_of, library, threads_for
 
 
 class Routed:
     """The prepared call of one bank and its router.
 
     Args:
-        bank: holds the parameters A (R, d_in) and B (d_out, R).
+        bank: holds the parameters A (R, d_in) and Bt (R, d_out).
         scorer: holds the parameters `weight` (E, d_in) and `bias` (E,) or None.
         price: holds the buffer `value` (E,), or None.
         layout: which ranks belong to which expert, and the scale.
@@ -42,15 +45,11 @@ class Routed:
 
     def add_to(self, y: Tensor, x: Tensor) -> bool:
         """Add the delta into y (..., d_out), float32 and contiguous like x (..., d_in); False when it cannot."""
-        if (
-            x.dtype is not torch.float32
-            or y.dtype is not torch.float32
-            or not (x.is_contiguous() and y.is_contiguous())
-        ):
+        if not _plain(y, x):
             return False
         experts, scorer, price = self._sources
         try:
-            now = (experts["A"], experts["B"], scorer["weight"], scorer.get("bias"), price["value"])
+            now = (experts["A"], experts["Bt"], scorer["weight"], scorer.get("bias"), price["value"])
         except KeyError:  # sharded or reparametrised
             return False
         addresses = tuple([None if t is None else t.data_ptr() for t in now])
@@ -67,16 +66,14 @@ class Routed:
         fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in given)
         if loaded is None or not fits:
             return False
-        A, B = given[0], given[1]
+        A, Bt = given[0], given[1]
         self._struct = Layer(
             d_in=A.shape[1],
-            d_out=B.shape[0],
+            d_out=Bt.shape[1],
             E=self._layout.num_experts,
             r=self._layout.rank,
-            b_out=B.stride(0),
-            b_rank=B.stride(1),
             scale=self._layout.scale,
-            **dict(zip(("A", "B", "W", "bias", "price"), addresses, strict=True)),
+            **dict(zip(("A", "Bt", "W", "bias", "price"), addresses, strict=True)),
             **self._form,
         )
         self._d_in, self._layer = A.shape[1], ctypes.byref(self._struct)
@@ -84,16 +81,66 @@ class Routed:
         return True
 
 
+class Decided:
+    """The prepared call of one bank for few tokens, whose gates are known.
+
+    Args:
+        bank: holds the parameters A (R, d_in) and Bt (R, d_out), none of them frozen apart from the others.
+    """
+
+    def __init__(self, bank: Any) -> None:
+        self.bank = bank
+        self._addresses: tuple[int, int] | None = None
+
+    def add_to(self, y: Tensor, x: Tensor, gates: Tensor) -> bool:
+        """Add the delta into y (..., d_out) as `Routed.add_to` does, for gates (..., E) that broadcast to x."""
+        if not _plain(y, x) or gates.dtype is not torch.float32 or not gates.is_contiguous():
+            return False
+        experts = self.bank._parameters
+        A, Bt = experts.get("A"), experts.get("Bt")
+        if A is None or Bt is None:  # sharded or reparametrised
+            return False
+        addresses = (A.data_ptr(), Bt.data_ptr())
+        if addresses != self._addresses and not self._prepare(A, Bt, addresses):
+            return False
+        tokens, rows = x.numel() // self._d_in, gates.numel() // self._experts
+        # a row of gates for each token, for each sequence, or one for all
+        regular = rows == tokens or rows == 1 or (x.dim() == 3 and gates.shape[:-1] == (x.shape[0], 1))
+        if not 0 < tokens <= FEW_TOKENS or not regular:
+            return False
+        return self._call(self._layer, x.data_ptr(), y.data_ptr(), gates.data_ptr(), tokens // rows, tokens, 1) == 0
+
+    def _prepare(self, A: Tensor, Bt: Tensor, addresses: tuple[int, int]) -> bool:
+        loaded = library()
+        fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in (A, Bt))
+        if loaded is None or not fits:
+            return False
+        self._struct = layer_of(A, Bt, self.bank.layout)
+        self._layer, self._d_in, self._experts = ctypes.byref(self._struct), A.shape[1], self.bank.layout.num_experts
+        self._call, self._addresses = loaded.molora_forward, addresses
+        return True
+
+
+def _plain(y: Tensor, x: Tensor) -> bool:
+    both_float32 = x.dtype is torch.float32 and y.dtype is torch.float32
+    return both_float32 and x.is_contiguous() and y.is_contiguous()
+
+
+def _can_call(x: Tensor) -> bool:
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or is_forced())
+
+
 class Calls:
     """The prepared calls of one layer, by adapter. Copies and pickles of it are empty: a call holds addresses."""
 
     def __init__(self) -> None:
         self._made: dict[str, tuple[Any, Any, Routed | None]] = {}
+        self._decided: dict[str, Decided] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Calls, ()
 
-    def add_to(self, adapter: str, bank: Any, router: Any, y: Tensor, x: Tensor) -> bool:
+    def decide_and_add(self, adapter: str, bank: Any, router: Any, y: Tensor, x: Tensor) -> bool:
         """Decide and add the delta into y in one call; False when that is not possible, and then y is as it was.
 
         Args:
@@ -101,12 +148,29 @@ class Calls:
             bank, router: its ExpertBank and Router.
             y: (..., d_out), fresh; x: (..., d_in).
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or is_forced():
+        if not _can_call(x):
             return False
         made = self._made.get(adapter)
         if made is None or made[0] is not bank or made[1] is not router:
             self._made[adapter] = made = (bank, router, _prepared(bank, router))
         return made[2] is not None and made[2].add_to(y, x)
+
+    def add(self, adapter: str, bank: Any, gates: Tensor, y: Tensor, x: Tensor) -> bool:
+        """Add the delta under known gates into y in one call; False as above.
+
+        Args:
+            adapter, bank, y, x: as above.
+            gates: (..., E) that broadcast to x.
+        """
+        # in training, reentrant checkpointing runs a layer without gradients first, and must round alike both times
+        if not _can_call(x) or bank.training or bank.frozen_A is not None:
+            return False
+        made = self._decided.get(adapter)
+        if made is None or made.bank is not bank:
+            if bank.layout.shared or bank.layout.rank is None:
+                return False
+            self._decided[adapter] = made = Decided(bank)
+        return made.add_to(y, x, gates)
 
 
 def _prepared(bank: Any, router: Any) -> Routed | None:

@@ -76,7 +76,7 @@ def gather(A: Tensor, B: Tensor, gates: Tensor, layout: Layout, keep: bool) -> G
     weights = rows.gather(1, chosen).to(A.dtype) * layout.scale
     rank = layout.rank or 1
     some_A = A.unflatten(0, (layout.num_experts, rank))[chosen].flatten(1, 2)
-    some_B = B.unflatten(1, (layout.num_experts, rank)).permute(1, 2, 0)[chosen] * weights[:, :, None, None]
+    some_B = B.t().unflatten(0, (layout.num_experts, rank))[chosen] * weights[:, :, None, None]
     found = Gathered(gates.clone(), versions or (0, 0), some_A, some_B.flatten(1, 2))
     if keep and versions is not None:
         _kept[A] = found

@@ -28,8 +28,8 @@ def union(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: Lay
         return y
     with full_precision(x.device):
         some_A = A.unflatten(0, (experts, rank)).index_select(0, used).flatten(0, 1)
-        some_B = B.unflatten(1, (experts, rank)).index_select(1, used).flatten(1)
+        some_Bt = B.t().unflatten(0, (experts, rank)).index_select(0, used).flatten(0, 1)
         some_gates = gates.index_select(-1, used).to(A.dtype) * layout.scale
         ranks = some_gates if rank == 1 else some_gates[..., None].expand(*some_gates.shape, rank).flatten(-2)
         hidden = torch.nn.functional.linear(x.to(A.dtype), some_A) * ranks
-        return add_product(y, hidden, some_B.t(), in_place)
+        return add_product(y, hidden, some_Bt, in_place)

@@ -15,6 +15,8 @@ With k = 1 and `sum1` the gate is the constant 1 and a soft gradient is exactly 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,16 +67,46 @@ def weigh(
         values = probs - price
     else:
         values = probs
-    gates = values * mask
-    if normalise != "none":
-        total = gates.sum(-1, keepdim=True)
-        # a sum of 0 means that nothing is selected (or everything selected weighs 0): the gates stay 0
-        gates = gates / torch.where(total == 0, torch.ones_like(total), total)
-        if normalise == "sumk":
-            gates = gates * mask.sum(-1, keepdim=True)
+    if normalise == "none":
+        gates = values * mask
+    else:
+        gates = _Normalised.apply(values, mask, normalise == "sumk")
     if grad == "straight_through":
         return gates.detach() + (probs - probs.detach())  # the bracket is exactly 0: no rounding of the gates
     return gates if grad == "soft" else gates.detach()
+
+
+class _Normalised(torch.autograd.Function):
+    """Selected values over their sum, times how many they are if asked.
+
+    Keeps the values alone for backward, which for probs their softmax has kept already; plain autograd would keep two
+    more tensors of the gates' size for every decision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mask: Tensor, times_count: bool) -> Tensor:
+        ctx.save_for_backward(values, mask)
+        ctx.times_count = times_count
+        gates, total, _, count = _parts(values, mask, times_count)
+        return gates / total * count
+
+    @staticmethod
+    def backward(ctx: Any, dgates: Tensor) -> tuple[Tensor, None, None]:
+        # from the inputs again, in differentiable operators, so that second derivatives are right too
+        values, mask = ctx.saved_tensors
+        gates, total, empty, count = _parts(values, mask, ctx.times_count)
+        common = (dgates * gates).sum(-1, keepdim=True) / total * ~empty
+        return mask * (dgates - common) / total * count, None, None
+
+
+def _parts(values: Tensor, mask: Tensor, times_count: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+    """Return the selected values (B, S, E), their sum and whether it is 0 (B, S, 1), and the factor after division."""
+    gates = values * mask
+    total = gates.sum(-1, keepdim=True)
+    # a sum of 0 means that nothing is selected (or everything selected weighs 0): the gates stay 0
+    empty = total == 0
+    total = torch.where(empty, torch.ones_like(total), total)
+    return gates, total, empty, mask.sum(-1, keepdim=True) if times_count else 1
 
 
 def log_prob_of_selection(probs: Tensor, gates: Tensor) -> Tensor:

@@ -243,29 +243,28 @@ class Trace:
         now = self._graded if in_backward() else self._now
         if self._called is not None:
             self._called.add(site.name)
-        tokens = now.shape.get(site.stack)
-        hidden = _as_rows(x, tokens)
-        ctx = now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
-        pinned = self._pinned(site)
-        if pinned is not None:
-            gates = pinned.to(device=x.device, dtype=torch.float32)
-            gates = gates.reshape((1,) * (3 - gates.dim()) + gates.shape)
-        else:
-            gates = self._routing(site, router, hidden, ctx, now).gates
+        hidden = _as_rows(x, now.shape.get(site.stack))
+        gates = None if self.pins is None else self._pinned(site, x.device)
+        if gates is None:
+            gates = self._routing(site, router, hidden, now).gates
         if site.column is not None:
             gates = gates[..., site.column : site.column + 1]
         return _as_input(gates, hidden, x)
 
-    def _pinned(self, site: Site) -> Tensor | None:
-        if isinstance(self.pins, dict):
-            return self.pins.get(site.name, self.pins.get(site.group))
-        return self.pins
+    def _pinned(self, site: Site, device: torch.device) -> Tensor | None:
+        pinned = self.pins
+        if isinstance(pinned, dict):
+            pinned = pinned.get(site.name, pinned.get(site.group))
+        if pinned is None or (pinned.device == device and pinned.dtype == torch.float32 and pinned.dim() == 3):
+            return pinned  # as `pin` has laid it out
+        return as_gates(pinned).to(device)
 
-    def _routing(self, site: Site, router: Router | None, hidden: Tensor, ctx: Context, now: Pass) -> Routing:
+    def _routing(self, site: Site, router: Router | None, hidden: Tensor, now: Pass) -> Routing:
         if now.continuing and site.group in now.decisions:  # a per-prompt decision that came with the cache
             return _fitting(now.decisions[site.group], site, hidden)
         if router is None:
             return self._shared(site, hidden, now)
+        ctx = now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
         routing = router(hidden, ctx)
         if now.collecting:
             routing = self._collect(site, router, routing, ctx, now)
@@ -300,6 +299,11 @@ class Trace:
         if plan is None or not plan.losses:
             return routing
         return now.aux.collect(site.group, routing, ctx, plan.losses, plan.decisions)
+
+
+def as_gates(pinned: Tensor) -> Tensor:
+    """Lay gates (E,), (S, E) or (B|1, S|1, E) out as float32 (B|1, S|1, E)."""
+    return pinned.to(torch.float32).reshape((1,) * (3 - pinned.dim()) + pinned.shape)
 
 
 def _as_rows(x: Tensor, tokens: tuple[int, ...] | None) -> Tensor:

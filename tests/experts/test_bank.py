@@ -85,7 +85,7 @@ def test_gradients_flow_to_everything(form):
     bank = bank_of(form)
     x, gates = (t.requires_grad_() for t in inputs(bank))
     bank(x, gates).square().sum().backward()
-    for tensor in (x, gates, bank.A, bank.B):
+    for tensor in (x, gates, bank.A, bank.Bt):
         assert tensor.grad.abs().max() > 0
 
 

@@ -157,6 +157,72 @@ def test_a_decision_that_others_need_is_taken_by_the_trace(why, counted):
     assert not any(counted)
 
 
+@pytest.fixture
+def decided(monkeypatch):
+    """How many layers ran as a single call under known gates."""
+    calls = []
+    inner = routed.Decided.add_to
+
+    def add_to(self, y, x, gates):
+        done = inner(self, y, x, gates)
+        calls.append(done)
+        return done
+
+    monkeypatch.setattr(routed.Decided, "add_to", add_to)
+    return calls
+
+
+GATES = {
+    "one mixture": torch.tensor([0.5, 0.0, 0.0, 2.0, 0.0, 0.0]),
+    "a tenant per row": torch.eye(6)[[4, 0, 4]][:, None],
+    "rows without experts": torch.eye(6)[[4, 0, 4]][:, None] * torch.tensor([1.0, 0.0, 0.0])[:, None, None],
+    "half precision": torch.eye(6, dtype=torch.bfloat16)[[1, 2, 3]][:, None],
+    "per position": torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(1)),
+    "per token": torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(2)),
+}
+
+
+@pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
+def test_pinned_gates_need_one_call_per_layer_and_change_nothing(gates, decided):
+    model = wrapped()
+    inputs = tiny_inputs(model.base_model.model, batch=3, length=6)
+    with torch.no_grad(), molora.pin(model, gates):
+        fast = model(**inputs).logits
+        assert len(decided) == len(routed_layers(model))
+        assert all(decided) == (gates.shape[:2] != (1, 6))  # gates that repeat over rows take the general way
+        with kernel("dense"):
+            torch.testing.assert_close(model(**inputs).logits, fast, rtol=1e-4, atol=1e-4)
+    assert len(decided) == len(routed_layers(model))
+
+
+@pytest.mark.parametrize("changes", [{"share": "block"}, {"granularity": "prompt"}])
+def test_decisions_that_are_taken_once_are_applied_in_one_call(changes, decided):
+    model = wrapped(**changes)
+    inputs = tiny_inputs(model.base_model.model, batch=3, length=6)
+    with torch.no_grad():
+        fast = model(**inputs).logits
+        assert len(decided) == len(routed_layers(model)) and all(decided)
+        with kernel("dense"):
+            torch.testing.assert_close(model(**inputs).logits, fast, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("why", ["graded", "training", "frozen", "many tokens", "forced"])
+def test_known_gates_take_the_general_way_where_one_call_would_not_do(why, decided):
+    frozen = {"experts": {"num": 6, "rank": 4, "frozen": [1]}} if why == "frozen" else {}
+    model = wrapped(**frozen).train(why == "training")
+    inputs = tiny_inputs(model.base_model.model, batch=8, length=12 if why == "many tokens" else 3)
+    with molora.pin(model, torch.eye(6)[1]):
+        if why == "graded":
+            model(**inputs)
+        elif why == "forced":
+            with kernel("fused"), torch.no_grad():
+                model(**inputs)
+        else:
+            with torch.no_grad():
+                model(**inputs)
+    assert not any(decided)
+
+
 def test_changed_weights_count_at_once_and_copies_are_independent():
     model = wrapped()
     inputs = tiny_inputs(model.base_model.model)
@@ -176,9 +242,9 @@ def test_changed_weights_count_at_once_and_copies_are_independent():
     second = check(model)
     bank.A.data = torch.randn_like(bank.A)
     third = check(model)
-    bank.B = nn.Parameter(torch.randn_like(bank.B))
+    bank.Bt = nn.Parameter(torch.randn_like(bank.Bt))
     fourth = check(model)
     assert not torch.equal(first, second) and not torch.equal(second, third) and not torch.equal(third, fourth)
     torch.testing.assert_close(check(twin), first)
     calls = pickle.loads(pickle.dumps(layer._calls))
-    assert calls._made == {}
+    assert calls._made == {} and calls._decided == {}

@@ -5,10 +5,13 @@ import pickle
 import pytest
 import torch
 
+import molora
+from molora.control import routed_layers
 from molora.errors import ConfigError
 from molora.routing.price import Price, check_price, prices
 from molora.routing.router import Router
 from molora.routing.types import Context
+from tests.tiny import tiny_inputs, tiny_llama
 
 
 def a_price(experts=4, **options):
@@ -141,3 +144,23 @@ def test_specs_are_checked():
     assert "did you mean 'sign'" in check_price("sing")[0]
     assert "no option 'speed'" in check_price({"name": "sign", "speed": 1})[0]
     assert "neither a name nor a mapping" in check_price(3)[0]
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_choices_are_counted_once_whatever_checkpointing_does(use_reentrant):
+    """Gradient checkpointing runs routers twice; the sign rule alone would not show it."""
+    model = molora.wrap(tiny_llama(), "smora").train()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    inputs = tiny_inputs(model, batch=2, length=7)
+    inputs["attention_mask"][0, :3] = 0
+    prices_of = [layer.molora_router["default"].price for layer in routed_layers(model).values()]
+    for forwards in (1, 2):  # two micro-batches of one step
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert {price.chosen.sum().item() for price in prices_of} == {forwards * (14 - 3) * 8}
+    model.eval()
+    with torch.no_grad():
+        model(**inputs)  # an evaluation in between counts nothing
+    assert {price.chosen.sum().item() for price in prices_of} == {2 * (14 - 3) * 8}
+    molora.settle(model)
+    assert all(price.chosen is None for price in prices_of)

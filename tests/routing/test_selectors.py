@@ -150,6 +150,21 @@ def test_soft_gradient_of_a_renormalised_choice():
     torch.testing.assert_close(jacobian, torch.diag(g) - torch.outer(g, g))
 
 
+@pytest.mark.parametrize("normalise", ["none", "sum1", "sumk"])
+@pytest.mark.parametrize("weight", ["prob", "biased"])
+def test_gradients_of_gates_against_finite_differences(normalise, weight):
+    p = some_probs(experts=4, rows=2, length=3).requires_grad_()
+    mask = torch.rand(2, 3, 4) < 0.6
+    mask[0, 0], mask[1, 2] = True, False  # all, and none
+    price = torch.tensor([0.05, 0.0, -0.1, 0.02], dtype=torch.float64)
+
+    def gates(probs):
+        return weigh(probs, mask, price, normalise=normalise, weight=weight)
+
+    assert torch.autograd.gradcheck(gates, p)
+    assert torch.autograd.gradgradcheck(gates, p)
+
+
 def test_nothing_selected_stays_nothing():
     p = some_probs()
     none = torch.zeros_like(p, dtype=torch.bool)
@@ -317,3 +332,47 @@ def test_entropy_switch_reads_shares_of_probs_that_do_not_sum_to_one():
 def test_unknown_entropy_is_named():
     with pytest.raises(ConfigError, match="entropy 'tsalis' is unknown; did you mean 'tsallis'"):
         entropy_switch(some_probs(), NOBODY, entropy="tsalis")
+
+
+# --- what weighing keeps for backward ---------------------------------------------------------------------------------
+
+
+def weighed_by_plain_autograd(probs, mask, sumk):
+    gates = probs * mask
+    total = gates.sum(-1, keepdim=True)
+    gates = gates / torch.where(total == 0, torch.ones_like(total), total)
+    return gates * mask.sum(-1, keepdim=True) if sumk else gates
+
+
+@pytest.mark.parametrize("normalise", ["sum1", "sumk"])
+def test_normalised_weights_have_the_gradients_of_plain_autograd(normalise):
+    torch.manual_seed(0)
+    values = torch.randn(3, 4, 5, dtype=torch.double)  # negative ones too, as a biased weight can be
+    mask = torch.rand(3, 4, 5) > 0.4
+    mask[0, 0] = False  # nothing selected
+    values[1, 1], mask[1, 1] = 0.0, True  # everything selected weighs nothing
+    cotangent, grads = torch.randn_like(values), []
+    for run in (
+        lambda v: weigh(v, mask, normalise=normalise),
+        lambda v: weighed_by_plain_autograd(v, mask, normalise == "sumk"),
+    ):
+        leaf = values.clone().requires_grad_()
+        gates = run(leaf)
+        (first,) = torch.autograd.grad(gates, leaf, cotangent, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        grads.append((gates, first, second))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_normalised_weights_keep_only_probs_and_the_selection():
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    probs = torch.randn(2, 64, 8).softmax(-1).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        selectors.get("top_k")(probs, Context(), k=2)
+    assert sum(kept.values()) == probs.numel() * 4 + probs.numel()  # float32, and one byte of mask each

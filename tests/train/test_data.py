@@ -41,8 +41,7 @@ def plain(rows):
 
 def classification(name="news", count=8, labels=("good", "bad")):
     rows = [
-        {"text": f"film {i}", "label": labels[i % len(labels)], "where": f"{name} line {i + 1}"}
-        for i in range(count)
+        {"text": f"film {i}", "label": labels[i % len(labels)], "where": f"{name} line {i + 1}"} for i in range(count)
     ]
     return Task(name, rows, "classification")
 
@@ -507,9 +506,7 @@ def test_encoding_refuses_what_it_cannot_do(tokenizer):
 
 
 def generation(pairs, name="qa"):
-    rows = [
-        {"prompt": p, "answer": a, "where": f"qa.csv line {i}"} for i, (p, a) in enumerate(pairs, start=2)
-    ]
+    rows = [{"prompt": p, "answer": a, "where": f"qa.csv line {i}"} for i, (p, a) in enumerate(pairs, start=2)]
     return Task(name, rows, "generation")
 
 
@@ -526,9 +523,7 @@ def test_generation_supervises_the_answer_and_its_end_only(tokenizer, recwarn):
 
 
 def test_generation_reports_what_it_leaves_out_and_cuts(tokenizer):
-    task = generation(
-        [("the " * 9, "yes"), ("what ?", "one two three four five six one two"), ("who ?", "no")]
-    )
+    task = generation([("the " * 9, "yes"), ("what ?", "one two three four five six one two"), ("who ?", "no")])
     with pytest.warns(UserWarning) as caught:
         data = encode_generation([task], tokenizer, 8)
     text = str(caught[0].message)
@@ -561,9 +556,7 @@ def test_lm_text_is_cut_into_pieces_and_nothing_is_lost(tokenizer):
         {"text": "one two three four five six", "where": "a"},
         {"text": " ", "where": "wiki.jsonl line 2"},
     ]
-    with pytest.warns(
-        UserWarning, match=r"1 of 2 rows are empty and were left out \(first: wiki\.jsonl line 2\)"
-    ):
+    with pytest.warns(UserWarning, match=r"1 of 2 rows are empty and were left out \(first: wiki\.jsonl line 2\)"):
         data = encode_generation([Task("wiki", rows, "lm")], tokenizer, 3)
     ids = [i for row in data for i in row["input_ids"]]
     assert ids == [*tokenizer(rows[0]["text"])["input_ids"], EOS]
@@ -620,14 +613,9 @@ def test_generation_batch_pads_labels_with_the_tokens(tokenizer, side):
 
     # Padding changes nothing: the batch's loss is the mean over both rows' own target tokens.
     model = tiny_llama()
-    alone = [
-        model(**{k: torch.tensor([row[k]]) for k in batch}).loss * n
-        for row, n in zip(data, (4, 2), strict=True)
-    ]
+    alone = [model(**{k: torch.tensor([row[k]]) for k in batch}).loss * n for row, n in zip(data, (4, 2), strict=True)]
     position_ids = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    torch.testing.assert_close(
-        model(**batch, position_ids=position_ids).loss, sum(alone) / 6, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(model(**batch, position_ids=position_ids).loss, sum(alone) / 6, rtol=1e-5, atol=1e-6)
 
 
 def test_a_missing_pad_token_is_replaced_in_a_copy(tokenizer):
@@ -635,9 +623,7 @@ def test_a_missing_pad_token_is_replaced_in_a_copy(tokenizer):
     data = encode_generation([generation([("what is it ?", "a good film"), ("who ?", "no")])], tokenizer, 32)
     batch = Collator(tokenizer)([data[0], data[1]])
     assert tokenizer.pad_token is None
-    assert (batch["attention_mask"] == 0).any() and (
-        batch["labels"][batch["attention_mask"] == 0] == -100
-    ).all()
+    assert (batch["attention_mask"] == 0).any() and (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
 def test_encoder_decoder_batch_trains_a_model(tokenizer):
