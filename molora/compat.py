@@ -20,6 +20,11 @@ PREFIX = "molora_"
 # Path segments by which transformers names attention over encoder states, and its key and value projections. They
 # matter only for which mask describes a layer's input in encoder-decoder models.
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "multihead_attn")
+# Names of sibling layers that read one and the same input. Layers under other names decide for themselves.
+SAME_INPUT = {
+    "attention": ("q", "k", "v", "q_proj", "k_proj", "v_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin"),
+    "mlp": ("gate_proj", "up_proj", "wi_0", "wi_1", "w1", "w3"),
+}
 KEY_VALUE = ("k", "v", "k_proj", "v_proj", "key", "value", "kv", "kv_proj")
 
 
@@ -106,6 +111,11 @@ def stack_of(path: str, encoder_path: str | None) -> str:
     if segments[-1] in KEY_VALUE and any(segment in CROSS_ATTENTION for segment in segments):
         return "cross"
     return "main"
+
+
+def input_family(leaf: str) -> str | None:
+    """Return which siblings read the same input as a layer of this name: `attention` (q, k, v), `mlp` or None."""
+    return next((family for family, names in SAME_INPUT.items() if leaf in names), None)
 
 
 def tokens_in_cache(cache: Any) -> int:

@@ -32,7 +32,7 @@ from .routing.scorers import scorers
 from .routing.selectors import selectors
 
 FORMAT_VERSION = 1
-SHARES = ("site", "block", "model")
+SHARES = ("site", "group", "block", "model")
 
 # The keys of `experts` and their defaults; `module` makes each wrapped layer of a block one expert (MiLoRA).
 EXPERTS: dict[str, Any] = {
@@ -64,7 +64,8 @@ class MoloraConfig(PeftConfig):
             a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from.
         scorer, link, selector, price, pool: component specs, a name or `{name, **options}`.
         granularity: `token`, `prompt` or `task`.
-        share: who shares a decision: `site` (nobody), `block` (the layers of one transformer block) or `model`.
+        share: who shares a decision: `site` (nobody), `group` (layers that read the same input: q, k, v; gate, up),
+            `block` (the layers of one transformer block) or `model`.
         losses: list of `{name, weight, over, **options}`.
         layers: list of `{match, experts}`: regexes of module paths whose experts differ; the first match counts.
         upcast_base: multiply frozen half-precision layers in float32, on CPUs; null leaves it to the rule of

@@ -156,7 +156,11 @@ class MoloraModel(BaseTuner):
         place = place_of(name)
         if place.index is None:  # layers outside of the blocks (poolers, heads) see other inputs and decide alone
             share = "site"
-        of = {"site": name, "block": place.block, "model": ""}[share]
+        parent, _, leaf = name.rpartition(".")
+        family = compat.input_family(leaf)
+        if share == "group" and family is None:
+            share = "site"
+        of = {"site": name, "group": f"{parent}.{family}", "block": place.block, "model": ""}[share]
         # with the adapter's name, so that two active adapters never read each other's decisions
         return f"{adapter_name}:{share}:{of}:{compat.stack_of(name, self.hooks.encoder_path)}"
 

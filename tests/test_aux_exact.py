@@ -215,7 +215,7 @@ def test_raw_loop(checkpointing):
     assert_equal(found, reference(ROWS))
 
 
-@pytest.mark.parametrize("share", ["block", "model"])
+@pytest.mark.parametrize("share", ["group", "block", "model"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_shared_decisions(share, checkpointing):
     """A router shared by a block or a model gets the same gradient under checkpointing, or a clear refusal."""

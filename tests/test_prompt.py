@@ -41,7 +41,7 @@ def assert_same(first, second, **tolerance):
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mamba], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("share", ["site", "block", "model"])
+@pytest.mark.parametrize("share", ["site", "group", "block", "model"])
 @pytest.mark.parametrize("pool", ["mean", "last", "max", "attention"])
 def test_teacher_forced_equals_cached(build, share, pool):
     model = wrapped(build, share=share, pool=pool)

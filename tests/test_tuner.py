@@ -115,6 +115,31 @@ def test_generates_the_same_with_and_without_a_cache(build, changes):
         model.generate(**batch, **options, num_beams=3)
 
 
+@pytest.mark.parametrize(
+    ("build", "decisions"),
+    [(tiny_llama, 8), (tiny_gpt2, 8), (tiny_bert_classifier, 9), (tiny_t5, 22), (tiny_qwen3_moe, 4)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_groups_read_one_input(build, decisions):
+    """share: group makes one decision for layers that really read the same tensor; the others decide alone."""
+    base = build()
+    seen = {}
+    for name, module in base.named_modules():
+        module.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0] if args else None))
+    model = make_experts_act(molora.wrap(base, RECIPE, share="group")).train()
+    assert molora.report(model).decisions == decisions
+    batch = batch_for(base)
+    model(**batch).loss.backward()
+    groups = {}
+    for name, layer in routed_layers(model).items():
+        groups.setdefault(layer.sites["default"].group, []).append(seen[name])
+    assert any(len(inputs) > 1 for inputs in groups.values()) or build is tiny_gpt2
+    for inputs in groups.values():
+        assert all(torch.equal(x, inputs[0]) for x in inputs)
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not idle
+
+
 def test_the_pieces_are_pefts_own(tmp_path):
     """get_peft_model with our config is the same as wrap; several adapters live side by side."""
     config = molora.MoloraConfig.from_recipe(RECIPE)
