@@ -79,14 +79,25 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown:
             parser.error(f"no section begins with {', '.join(unknown)}; there are: {', '.join(chosen)}")
         chosen = {name: part for name, part in chosen.items() if any(name.startswith(w) for w in wanted)}
-    run = measure(sizes, chosen, 0.0 if options.quick else options.minutes)
-    report.write({**run, "quick": options.quick}, options.out)
+
+    def save(run: dict[str, Any]) -> None:
+        report.write({**run, "quick": options.quick}, options.out)
+
+    measure(sizes, chosen, 0.0 if options.quick else options.minutes, save)
     print(f"wrote speed.json, speed.md and speed.png to {options.out}")
     return 0
 
 
-def measure(sizes: Sizes, chosen: dict[str, tuple[float, Section]], minutes: float) -> dict[str, Any]:
-    """Run the sections inside of a budget; what one does not use, the next ones get."""
+def measure(
+    sizes: Sizes,
+    chosen: dict[str, tuple[float, Section]],
+    minutes: float,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Run the sections inside of a budget; what one does not use, the next ones get.
+
+    The results so far are saved after every section, so that a run that is cut short leaves what it measured.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     logging.disable(logging.WARNING)
@@ -95,6 +106,7 @@ def measure(sizes: Sizes, chosen: dict[str, tuple[float, Section]], minutes: flo
     end = start + 60 * minutes
     left = sum(share for share, _ in chosen.values())
     results: dict[str, dict[str, Any]] = {}
+    done: dict[str, Any] = {}
     try:
         for name, (share, run) in chosen.items():
             began = time.monotonic()
@@ -105,11 +117,13 @@ def measure(sizes: Sizes, chosen: dict[str, tuple[float, Section]], minutes: flo
                 results[name] = run(field, until)
             gc.collect()
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            took = (time.monotonic() - start) / 60
+            done = {"machine": where, "minutes": took, "goals": report.goals(results), "sections": results}
+            save(done)
     finally:
         field.close()
         logging.disable(logging.NOTSET)
-    took = (time.monotonic() - start) / 60
-    return {"machine": where, "minutes": took, "goals": report.goals(results), "sections": results}
+    return done
 
 
 if __name__ == "__main__":
