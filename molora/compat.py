@@ -11,7 +11,6 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
-import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 
@@ -196,11 +195,6 @@ def embeddings_of(model: nn.Module) -> dict[str, Tensor]:
         if any(module is embedding for embedding in found)
         for name, weight in module.named_parameters(recurse=False)
     }
-
-
-def is_floating(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds plain floating values on a real device (not packed, not meta)."""
-    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.device.type != "meta"
 
 
 def _plain_linears() -> tuple[type, ...]:
