@@ -23,10 +23,12 @@ from .experts.bank import FORMS
 from .files import CARD, finish, mention_molora
 from .paths import recipes_dir
 from .registry import Spec
+from .routing import parts  # noqa: F401  (registers every part)
+from .routing.features import features, listed
 from .routing.links import links
 from .routing.losses import check_loss
 from .routing.price import check_price
-from .routing.router import GRANULARITIES, pools
+from .routing.router import GRANULARITIES, SHARED_GATES, WEIGHTS, pools
 from .routing.schedules import build_schedule, is_schedule
 from .routing.scorers import scorers
 from .routing.selectors import selectors
@@ -46,6 +48,10 @@ EXPERTS: dict[str, Any] = {
     "frozen": [],
     "init": "kaiming",
     "names": None,
+    "null": 0,
+    "shared": 0,
+    "shared_gate": "none",
+    "shared_weight": 1.0,
 }
 
 
@@ -61,8 +67,13 @@ class MoloraConfig(PeftConfig):
         experts: `{form, num, rank, alpha, scaling, rslora, dropout, frozen, init, names}`. `form` is `lora`, `rank`,
             `shared_a` or `module`. `num` may be a list, stretched over the depth (MoLA). `rank` may be a list, one per
             expert. The delta is scaled by `scaling`, else alpha / rank (alpha / sqrt(rank) with `rslora`). `frozen` is
-            a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from.
+            a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from. `null`
+            experts take part in the choice and do nothing; `shared` experts come after the `num` routed ones and are
+            always on, with weight `shared_weight` (times a learned sigmoid with `shared_gate: sigmoid`).
         scorer, link, selector, price, pool: component specs, a name or `{name, **options}`.
+        feature: what scorers read, made from the hidden states: null, a component spec, or a list of them in order.
+        weights: `own`, `shared` (routers of the same sizes have one scorer, each with its own input) or `frozen` (the
+            scorer stays as it was drawn).
         granularity: `token`, `prompt` or `task`.
         share: who shares a decision: `site` (nobody), `group` (layers that read the same input: q, k, v; gate, up),
             `block` (the layers of one transformer block) or `model`.
@@ -84,6 +95,8 @@ class MoloraConfig(PeftConfig):
     selector: Spec = "softmax"
     price: Spec | None = None
     pool: Spec = "mean"
+    feature: Any = None
+    weights: str = "own"
     granularity: str = "token"
     share: str = "site"
     losses: list[dict[str, Any]] = field(default_factory=list)
@@ -109,6 +122,10 @@ class MoloraConfig(PeftConfig):
         for kind, registry in (("scorer", scorers), ("link", links), ("selector", selectors), ("pool", pools)):
             found += registry.problems(getattr(self, kind)) + _schedule_problems(getattr(self, kind), kind)
         found += check_price(self.price)
+        for feature in listed(self.feature):
+            found += features.problems(feature) + _schedule_problems(feature, "feature")
+        if self.weights not in WEIGHTS:
+            found.append(f"weights '{self.weights}' is unknown{did_you_mean(str(self.weights), WEIGHTS)}")
         lists = {}
         for key in ("losses", "layers"):
             given = getattr(self, key)
@@ -211,7 +228,13 @@ def _expert_problems(experts: Any, where: str, partial: bool) -> list[str]:
         values = values if isinstance(values, (list, tuple)) else [values]
         if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
             found.append(f"{where}.{key} must be a whole number >= 1, or a list of them, got {full[key]!r}")
-    for key, may_be_negative in (("alpha", False), ("scaling", True)):
+    for key in ("null", "shared"):
+        value = full.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            found.append(f"{where}.{key} must be a whole number >= 0, got {value!r}")
+    if full.get("shared_gate", "none") not in SHARED_GATES:
+        found.append(f"{where}.shared_gate {full['shared_gate']!r} is unknown; known: {', '.join(SHARED_GATES)}")
+    for key, may_be_negative in (("shared_weight", True), ("alpha", False), ("scaling", True)):
         value = full.get(key)
         if key not in full or (key == "scaling" and value is None):
             continue
@@ -232,7 +255,7 @@ def _expert_problems(experts: Any, where: str, partial: bool) -> list[str]:
         isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)
     ):
         found.append(f"{where}.names must be a list of different names, one per expert, got {names!r}")
-    elif names is not None and isinstance(full.get("num"), int) and len(names) != full["num"]:
+    elif names is not None and isinstance(full.get("num"), int) and len(names) != full["num"] + full.get("shared", 0):
         found.append(f"{where}.names holds {len(names)} names for {full['num']} experts")
     return found
 
@@ -247,7 +270,7 @@ def _schedule_problems(spec: Any, kind: str) -> list[str]:
                 build_schedule(value)
             except ConfigError as error:
                 found.append(f"{kind}.{key}: {error}")
-            if kind in ("scorer", "pool"):
+            if kind in ("scorer", "pool", "feature"):
                 found.append(f"{kind}.{key} cannot follow a schedule; link and selector options and loss weights can")
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import ConfigError, did_you_mean, raise_all
+from .hooks import OWN_ARGUMENTS
 from .layers import RoutedLinear
 from .plan import Report
 from .routing.router import Router
@@ -56,11 +57,17 @@ def routed_layers(model: nn.Module, adapter: str = "default") -> dict[str, Route
 
 @contextmanager
 def using(model: nn.Module, **own: Any) -> Iterator[None]:
-    """Give every forward inside the block `task_ids` (B,) or `prompt_mask` (B, S), also those of generate()."""
+    """Give every forward inside the block what routers may ask for, also those of generate().
+
+    Args:
+        model: a wrapped model.
+        own: `task_ids` (B,), `prompt_mask` (B, S), `expert_ids` (B,) or (B, S), the expert that a label asks for (-1
+            for none), or `router_extra` (B, m) or (B, S, m), features that routers read beside the hidden states.
+    """
     hooks = tuner_of(model).hooks
-    unknown = set(own) - {"task_ids", "prompt_mask"}
+    unknown = set(own) - set(OWN_ARGUMENTS)
     if unknown:
-        raise ConfigError(f"using() knows task_ids and prompt_mask, not {', '.join(sorted(unknown))}")
+        raise ConfigError(f"using() knows {', '.join(OWN_ARGUMENTS)}, not {', '.join(sorted(unknown))}")
     before = hooks.given
     hooks.given = {**before, **own}
     try:

@@ -27,7 +27,7 @@ from .routing.trace import Pass, Trace
 from .routing.types import Context
 
 # Arguments that the hooks take for themselves and the base model never sees.
-OWN_ARGUMENTS = ("task_ids", "prompt_mask")
+OWN_ARGUMENTS = ("task_ids", "prompt_mask", "expert_ids", "router_extra")
 # PEFT's forwards for CAUSAL_LM, SEQ_CLS, ... declare `task_ids` for Poly and drop it for every other type of adapter,
 # so it travels past them under another name.
 TASK_IDS = "molora_task_ids"
@@ -43,7 +43,7 @@ class ForwardHooks:
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.trace = trace
-        self.given: dict[str, Any] = {}  # task_ids and prompt_mask set with molora.using(), for every forward
+        self.given: dict[str, Any] = {}  # own arguments set with molora.using(), for every forward
         self.arguments = Arguments(model.forward)
         self.takes_pairs = is_encoder_decoder(model)
         self.shifted = labels_are_shifted(model)
@@ -63,7 +63,7 @@ class ForwardHooks:
     # --- before -----------------------------------------------------------------------------------------------------
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Open a pass; takes `task_ids` and `prompt_mask` out of the arguments."""
+        """Open a pass; takes molora's own arguments out of the model's."""
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         self._own = own = {**self.given, **{name: value for name, value in own.items() if value is not None}}
@@ -85,15 +85,19 @@ class ForwardHooks:
             prompt = own.get("prompt_mask")
             if prompt is None and self.generates:
                 prompt = _prompt(labels, tokens, self.prompt_length)
-            self._describe(new, "main", tokens, valid, prompt, own)
+            self._describe(new, "main", tokens, valid, prompt, own, get(args, kwargs, "input_ids"))
         if collecting:
             self.share = self._token_share(labels, kwargs.get("num_items_in_batch"))
         self.trace.open(new)
         if new.continuing and self._routes_by_prompt():
             new.decisions = self.trace.resume(new.cache)
+        if new.continuing and any(plan.remembers for plan in self.trace.plans.values()):
+            new.memory.past = self.trace.past(new.cache)
         return args, kwargs
 
-    def _describe(self, new: Pass, stack: str, tokens: Any, valid: Any, prompt: Any, own: dict[str, Any]) -> None:
+    def _describe(
+        self, new: Pass, stack: str, tokens: Any, valid: Any, prompt: Any, own: dict[str, Any], ids: Any = None
+    ) -> None:
         if prompt is not None and tokens is not None and tuple(prompt.shape) != tokens:
             raise RoutingError(f"prompt_mask has shape {tuple(prompt.shape)}, but the input has {tokens}")
         new.contexts[stack] = Context(
@@ -102,6 +106,10 @@ class ForwardHooks:
             task_ids=own.get("task_ids"),
             progress=self.trace.progress,
             training=new.collecting,
+            token_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
+            expert_ids=_by_token(own.get("expert_ids")),
+            extra=_by_row(own.get("router_extra")),
+            memory=new.memory,
         )
         if tokens is not None:
             new.shape[stack] = tokens
@@ -120,7 +128,7 @@ class ForwardHooks:
         if tokens is not None:
             prompt = torch.zeros(tokens, dtype=torch.bool, device=_device(decoder_ids, labels))
             prompt[:, 0] = True
-        self._describe(new, "main", tokens, valid, prompt, own)
+        self._describe(new, "main", tokens, valid, prompt, own, decoder_ids)
         source = get(args, kwargs, "attention_mask")
         states = get(args, kwargs, "encoder_outputs")
         rows = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
@@ -131,11 +139,16 @@ class ForwardHooks:
         """Tell the trace the mask of an encoder, which generate() runs before and outside of the model's forward."""
         get = self.encoder_arguments.get
         tokens = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
+        ids = get(args, kwargs, "input_ids")
         context = Context(
             valid=_valid(get(args, kwargs, "attention_mask"), tokens),
             task_ids=(self._own or self.given).get("task_ids"),
             progress=self.trace.progress,
             training=module.training and torch.is_grad_enabled(),
+            token_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
+            expert_ids=_by_token((self._own or self.given).get("expert_ids")),
+            extra=_by_row((self._own or self.given).get("router_extra")),
+            memory=self.trace.memory,
         )
         if tokens is not None:
             self.trace.amend("encoder", context, tokens)
@@ -199,6 +212,18 @@ def _prompt(labels: Any, tokens: tuple[int, int] | None, length: int | None) -> 
     if labels is None and length is not None and tokens[1] > length:
         return (torch.arange(tokens[1]) < length).expand(tokens)
     return None
+
+
+def _by_token(ids: Any) -> Tensor | None:
+    """Lay labels (B,) or (B, S) out as (B, 1|S)."""
+    return ids.reshape(ids.shape[0], -1) if isinstance(ids, Tensor) else None
+
+
+def _by_row(extra: Any) -> Tensor | None:
+    """Lay features (B, m) or (B, S, m) out as float32 (B, 1|S, m)."""
+    if not isinstance(extra, Tensor):
+        return None
+    return (extra[:, None] if extra.dim() == 2 else extra).float()
 
 
 def _device(*tensors: Any) -> Any:

@@ -18,6 +18,7 @@ from .errors import RoutingError
 from .experts.bank import ExpertBank
 from .kernels.routed import Calls
 from .kernels.upcast import frozen_linear, has_hooks, upcasts
+from .routing.links import softmax
 from .routing.scorers import Constant
 from .routing.trace import Site, Trace
 from .routing.types import Context
@@ -73,8 +74,9 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         # PEFT calls this after every change of requires_grad.
-        for bank in self.molora_bank.values():
-            bank.freeze()
+        for container in (self.molora_bank, self.molora_router):
+            for module in container.values():
+                module.freeze()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the base layer and the routed experts to x (..., d_in) -> (..., d_out)."""
@@ -113,10 +115,10 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         """Return gates (E,) that do not depend on the input; raise RoutingError when they do."""
         router = self.molora_router[adapter] if adapter in self.molora_router else None
         if router is not None and self.sites[adapter].column is None:
-            alone = router.num_experts == 1 and router.link.function.__name__ == "softmax"  # its prob is always 1
+            alone = router.num_experts == 1 and getattr(router.link, "function", None) is softmax
             if alone or isinstance(router.scorer, Constant):
                 nothing = torch.zeros(1, 1, self.d_in, device=next(self.molora_bank[adapter].parameters()).device)
-                return router(nothing, Context(progress=self.trace.progress)).gates.detach().flatten()
+                return router(nothing, Context(progress=self.trace.progress)).applied.detach().flatten()
         raise RoutingError("the mixture depends on its input")
 
     def get_delta_weight(self, adapter: str) -> Tensor:

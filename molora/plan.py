@@ -70,15 +70,15 @@ def experts_at(
 
 
 def ranks_of(spec: Mapping[str, Any]) -> list[int]:
-    """Return the rank of each expert of a resolved `experts` mapping."""
-    rank = spec["rank"]
+    """Return the rank of each expert of a resolved `experts` mapping, shared experts last."""
+    rank, num = spec["rank"], spec["num"] + spec.get("shared", 0)
     if spec["form"] == "module":
         return [rank if isinstance(rank, int) else rank[0]]
     if isinstance(rank, (list, tuple)):
-        if len(rank) != spec["num"]:
-            raise ConfigError(f"experts.rank lists {len(rank)} ranks for {spec['num']} experts")
+        if len(rank) != num:
+            raise ConfigError(f"experts.rank lists {len(rank)} ranks for {num} experts")
         return list(rank)
-    return [rank] * spec["num"]
+    return [rank] * num
 
 
 def scaling_of(spec: Mapping[str, Any]) -> float:

@@ -100,16 +100,19 @@ class Registry:
         missing = [k for k, p in known.items() if p.default is inspect.Parameter.empty and k not in options]
         return wrong + [f"{self.kind} '{name}' needs the option '{key}'" for key in missing]
 
-    def build(self, spec: Spec, *args: Any) -> Any:
-        """Build a component: an instance `cls(*args, **options)` of a class, or a function with its options bound."""
+    def build(self, spec: Spec, *args: Any, **given: Any) -> Any:
+        """Build a component: an instance `cls(*args, **options)` of a class, or a function with its options bound.
+
+        `given` are keyword arguments that molora passes itself (see the fact `given`).
+        """
         problems = self.problems(spec)
         if problems:
             raise ConfigError("\n".join(problems))
         name, options = split_spec(spec, self.kind)
         component = self.get(name)
         if inspect.isclass(component):
-            return component(*args, **options)
-        return functools.partial(component, **options)
+            return component(*args, **options, **given)
+        return functools.partial(component, **options, **given)
 
     def summary(self, name: str) -> str:
         """Return the first line of a component's docstring."""

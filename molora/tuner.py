@@ -20,6 +20,7 @@ from .fingerprint import differences, of_model
 from .hooks import OWN_ARGUMENTS, TASK_IDS, ForwardHooks
 from .layers import RoutedLinear
 from .plan import Report, depth_of, experts_at, place_of, ranks_of, scaling_of
+from .routing.features import Place, remember
 from .routing.losses import WeightedLoss
 from .routing.router import Router
 from .routing.trace import Plan, Site, Trace
@@ -141,12 +142,24 @@ class MoloraModel(BaseTuner):
         groups: dict[str, list[str]] = {}
         for name in layers:
             groups.setdefault(self._group_of(adapter_name, name, config.share), []).append(name)
+        before: dict[str, str] = {}  # the group that comes last so far, by stack
+        scorers: dict[tuple[int, int], nn.Module] = {}
         for group, members in groups.items():
-            self._plan_group(group, members, layers, adapter_name, config)
+            stack = compat.stack_of(members[0], self.hooks.encoder_path)
+            place = Place(group, before.get(stack))
+            before[stack] = group
+            router = self._plan_group(group, members, layers, adapter_name, config, place)
+            if config.weights == "shared":
+                sizes = (layers[members[0]].d_in, router.num_experts)
+                if sizes in scorers:
+                    router.borrow(scorers[sizes])
+                else:
+                    scorers[sizes] = router.scorer
         self.trace.plans[adapter_name] = Plan(
             losses=[WeightedLoss(loss) for loss in config.losses],
             decisions=len(groups),
             by_prompt=config.granularity == "prompt",
+            remembers=remember(config.feature),
             scheduled=config.has_schedules(),
             sites=set(layers),
         )
@@ -165,10 +178,17 @@ class MoloraModel(BaseTuner):
         return f"{adapter_name}:{share}:{of}:{compat.stack_of(name, self.hooks.encoder_path)}"
 
     def _plan_group(
-        self, group: str, members: list[str], layers: dict[str, RoutedLinear], adapter_name: str, config: MoloraConfig
-    ) -> None:
-        by_module = config.experts["form"] == "module"
-        counts = {layers[name].molora_bank[adapter_name].num_experts for name in members}
+        self,
+        group: str,
+        members: list[str],
+        layers: dict[str, RoutedLinear],
+        adapter_name: str,
+        config: MoloraConfig,
+        place: Place,
+    ) -> Router:
+        experts = config.experts
+        by_module = experts["form"] == "module"
+        counts = {layers[name].molora_bank[adapter_name].num_experts - experts["shared"] for name in members}
         counts = {len(members)} if by_module else counts
         if len(counts) > 1:
             raise ConfigError(f"layers of group '{group}' share a decision but have {sorted(counts)} experts")
@@ -182,10 +202,19 @@ class MoloraModel(BaseTuner):
             price=config.price,
             granularity=config.granularity,
             pool=config.pool,
+            feature=config.feature,
+            null=experts["null"],
+            shared={"num": experts["shared"], "gate": experts["shared_gate"], "weight": experts["shared_weight"]}
+            if experts["shared"]
+            else None,
+            weights=config.weights,
+            place=place,
         )
+        router.reads(leader.molora_bank[adapter_name])
         leader.molora_router[adapter_name] = router
         leader._move_adapter_to_device_of_base_layer(adapter_name)
         router.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        router.freeze()
         for position, name in enumerate(members):
             layers[name].sites[adapter_name] = Site(
                 name=name,
@@ -197,6 +226,7 @@ class MoloraModel(BaseTuner):
                 column=position if by_module else None,
                 sparse=router.sparse,
             )
+        return router
 
     def _finish_report(self, model: nn.Module, adapter_name: str, config: MoloraConfig) -> None:
         report = self.reports[adapter_name]

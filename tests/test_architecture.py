@@ -44,7 +44,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         "MoloraModel is a BaseTuner; accelerate, to build on the meta device as PEFT does",
     ),
     "wrapping": ({"errors", "compat", "config", "hooks"}, {"torch", "peft"}, "wrap() ends in get_peft_model"),
-    "control": ({"errors", "plan", "layers", "tuner", "routing"}, {"torch"}, "what users tell a wrapped model"),
+    "control": ({"errors", "plan", "hooks", "layers", "tuner", "routing"}, {"torch"}, "what users say to a model"),
     "checkpoint": (
         {"errors", "compat", "config", "files", "fingerprint", "layers", "tuner", "undo", "wrapping"},
         {"torch", "peft"},

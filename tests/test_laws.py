@@ -18,6 +18,7 @@ import molora
 from molora.control import routed_layers
 from molora.experts.bank import FORMS, ExpertBank
 from molora.routing.entropy import entropies
+from molora.routing.features import features
 from molora.routing.links import links
 from molora.routing.losses import losses
 from molora.routing.price import prices
@@ -25,10 +26,10 @@ from molora.routing.router import Router, pools
 from molora.routing.schedules import build_schedule, schedules
 from molora.routing.scorers import scorers
 from molora.routing.selectors import selectors
-from molora.routing.types import Context, Routing
+from molora.routing.types import Context, Memory, Routing
 from tests.tiny import tiny_inputs, tiny_llama, tiny_t5
 
-REGISTRIES = (scorers, links, selectors, entropies, losses, prices, pools, schedules)
+REGISTRIES = (features, scorers, links, selectors, entropies, losses, prices, pools, schedules)
 
 NEEDED = {("scorer", "table"): {"num_tasks": 3}}
 EXTRA = {
@@ -116,18 +117,39 @@ def shaken(module):
     return module
 
 
-def router_of(scorer="linear", link="softmax", selector="softmax", pool=None, price=None):
+def router_of(scorer="linear", link="softmax", selector="softmax", pool=None, price=None, feature=None):
     name = scorer if isinstance(scorer, str) else scorer["name"]
     by_task = scorers.fact(name, "reads") == "task"
     granularity = "task" if by_task else "prompt" if pool else "token"
     router = Router(
-        D, E, scorer=scorer, link=link, selector=selector, granularity=granularity, pool=pool or "mean", price=price
+        D,
+        E,
+        scorer=scorer,
+        link=link,
+        selector=selector,
+        granularity=granularity,
+        pool=pool or "mean",
+        price=price,
+        feature=feature,
     )
-    return shaken(router)
+    router.reads(shaken(ExpertBank(D, D, [2] * E)))
+    return shaken(router).eval()
 
 
 def context(valid=None, prompt=None, rows=B):
-    return Context(valid=valid, prompt=prompt, task_ids=torch.arange(rows) % 3)
+    """All that a router may ask for; token ids follow the positions of the S tokens, padding has its own."""
+    tokens = S if valid is None else valid.shape[1]
+    ids = torch.arange(S).expand(rows, S) + 3 * torch.arange(rows)[:, None]
+    if tokens > S:
+        ids = torch.full((rows, tokens), 77).masked_scatter(valid, ids)
+    return Context(
+        valid=valid,
+        prompt=prompt,
+        task_ids=torch.arange(rows) % 3,
+        token_ids=ids,
+        extra=torch.arange(2.0 * rows).view(rows, 1, 2),
+        memory=Memory(),
+    )
 
 
 def hidden(scale=1.0):
@@ -138,8 +160,7 @@ def check_gates(routing, may_be_negative=False):
     for tensor in (routing.scores, routing.probs, routing.gates):
         assert torch.isfinite(tensor).all() and tensor.dtype == torch.float32
         torch.broadcast_to(tensor, (B, S, E))
-    assert may_be_negative or (routing.gates >= 0).all()
-    assert (routing.probs >= 0).all()
+    assert may_be_negative or ((routing.gates >= 0).all() and (routing.probs >= 0).all())
 
 
 def spec(name, options):
@@ -166,7 +187,7 @@ def test_scorers_give_finite_gates_and_gradients(name, options, scale):
 @pytest.mark.parametrize(("name", "options"), cases(selectors))
 @pytest.mark.parametrize(("link", "link_options"), cases(links))
 def test_selectors_give_finite_gates_and_gradients(name, options, link, link_options):
-    negative = selectors.fact(name, "may_be_negative", False)
+    negative = selectors.fact(name, "may_be_negative", False) or links.fact(link, "may_be_negative", False)
     for scale in (0.0, 1.0, 1e3):  # ties, ordinary scores, one-hot probs
         router = router_of(link=spec(link, link_options), selector=spec(name, options))
         x = hidden(scale).requires_grad_()
@@ -178,6 +199,16 @@ def test_selectors_give_finite_gates_and_gradients(name, options, link, link_opt
             loss.backward()
             assert torch.isfinite(x.grad).all()
             assert all(torch.isfinite(p.grad).all() for p in router.parameters())
+
+
+@pytest.mark.parametrize(("name", "options"), cases(features))
+def test_features_give_finite_gates_and_gradients(name, options):
+    router, x = router_of(feature=spec(name, options)), hidden().requires_grad_()
+    routing = router(x, context())
+    check_gates(routing)
+    (routing.gates * torch.randn(E)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in router.parameters() if p.requires_grad)
+    assert x.grad is None or torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize(("name", "options"), cases(pools))
@@ -214,6 +245,8 @@ def check_padding(router, name):
             gates = gates[:, amount:] if side == "left" else gates[:, :S]
         torch.testing.assert_close(gates, plain.gates, msg=lambda m, s=side: f"{name} sees padding on the {s}: {m}")
         for loss in losses:
+            if "parts" in losses.fact(loss, "given", ()):
+                continue  # what they read besides the decision is in their own tests
             options = NEEDED.get(("loss", loss), {})
             plain_ctx = context(valid=torch.ones(B, S).bool(), prompt=prompt)
             torch.testing.assert_close(
@@ -224,6 +257,11 @@ def check_padding(router, name):
 @pytest.mark.parametrize(("name", "options"), cases(scorers))
 def test_scorers_do_not_see_padding(name, options):
     check_padding(router_of(scorer=spec(name, options)), name)
+
+
+@pytest.mark.parametrize(("name", "options"), cases(features))
+def test_features_do_not_see_padding(name, options):
+    check_padding(router_of(feature=spec(name, options)), name)
 
 
 @pytest.mark.parametrize(("name", "options"), cases(selectors))
@@ -371,7 +409,8 @@ def check_causal(router, name):
     before, after = router(x, ctx).gates, router(later, ctx).gates
     if before.shape[1] > 1:
         torch.testing.assert_close(after[:, :3], before[:, :3], msg=lambda m: f"{name} sees the future: {m}")
-    alone = router(x[1:2], Context(task_ids=ctx.task_ids[1:2])).gates
+    second = Context(task_ids=ctx.task_ids[1:2], token_ids=ctx.token_ids[1:2], extra=ctx.extra[1:2], memory=Memory())
+    alone = router(x[1:2], second).gates
     torch.testing.assert_close(alone, before[1:2], msg=lambda m: f"{name} sees other rows: {m}")
 
 
@@ -379,6 +418,11 @@ def check_causal(router, name):
 def test_scorers_do_not_see_the_future_or_other_rows(name, options):
     if not scorers.fact(name, "is_batch_coupled", False):
         check_causal(router_of(scorer=spec(name, options)), name)
+
+
+@pytest.mark.parametrize(("name", "options"), cases(features))
+def test_features_do_not_see_the_future_or_other_rows(name, options):
+    check_causal(router_of(feature=spec(name, options)), name)
 
 
 @pytest.mark.parametrize(("name", "options"), cases(selectors))
@@ -406,6 +450,7 @@ def test_pools_do_not_see_the_answer_or_other_rows(name, options):
 def adapters():
     """(label, changes of a config) for every component that lives in a saved adapter."""
     for registry, field in (
+        (features, "feature"),
         (scorers, "scorer"),
         (links, "link"),
         (selectors, "selector"),
@@ -436,10 +481,15 @@ def test_save_then_load_is_exact(changes, tmp_path):
     assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)
     inputs, expected = tiny_inputs(model), None
     for other in (model, loaded, copy.deepcopy(model), pickled(model)):
-        with torch.no_grad(), molora.using(other, task_ids=torch.tensor([0, 2])):
+        with torch.no_grad(), molora.using(other, **told_to_routers(2)):
             logits = other(**inputs).logits
         expected = logits if expected is None else expected
         torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+
+
+def told_to_routers(rows):
+    """What callers tell routers that read more than hidden states; the others do not look at it."""
+    return {"task_ids": 2 * torch.arange(rows) % 3, "router_extra": torch.arange(2.0 * rows).view(rows, 2)}
 
 
 def pickled(model):

@@ -51,48 +51,72 @@ static void *scratch(int slot, size_t bytes) {
 /* --- inner loops --------------------------------------------------------------------------------------------- */
 
 #ifdef __clang__
-#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#define SHUFFLE(u, v, ...) __builtin_shufflevector(u, v, __VA_ARGS__)
 #else
-#define SHUFFLE(v, ...) __builtin_shuffle(v, (i8){__VA_ARGS__})
+#define SHUFFLE(u, v, ...) __builtin_shuffle(u, v, (i8){__VA_ARGS__})
+#endif
+
+/* Keep a value in its register: compilers load it again for each use, and then loads are what takes the time. */
+#if defined(__AVX__) && defined(__GNUC__)
+#define HOLD(v) __asm__("" : "+x"(v))
+#else
+#define HOLD(v) (void)0
 #endif
 
 INLINE float sum8(v8 v) {
-    v += SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
     return v[0] + v[1];
 }
 
+/* out[i] = the sum of v[i], for 4 vectors */
+INLINE void sums4(const v8 *v, float *out) {
+    v8 a = SHUFFLE(v[0], v[1], 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(v[0], v[1], 1, 9, 3, 11, 5, 13, 7, 15);
+    v8 b = SHUFFLE(v[2], v[3], 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(v[2], v[3], 1, 9, 3, 11, 5, 13, 7, 15);
+    v8 c = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    c += SHUFFLE(c, c, 4, 5, 6, 7, 0, 1, 2, 3);
+    memcpy(out, &c, 4 * sizeof(float));
+}
+
 INLINE void dots_block(const int n, const int q, const float *const *x, const float *a, long lda, long d, float *h, long ldh) {
-    v8 acc[3][8] = {{{0}}};
+    v8 acc[3][8];
     long c = 0;
+    for (int m = 0; m < n; m++)
+        for (int j = 0; j < q; j++) acc[m][j] = (v8){0};
     for (; c + 8 <= d; c += 8) {
         v8 xv[3];
-        for (int m = 0; m < n; m++) xv[m] = LOAD(x[m] + c);
+        for (int m = 0; m < n; m++) {
+            xv[m] = LOAD(x[m] + c);
+            HOLD(xv[m]);
+        }
         for (int j = 0; j < q; j++) {
             v8 av = LOAD(a + j * lda + c);
+            if (n > 1) HOLD(av);
             for (int m = 0; m < n; m++) acc[m][j] += av * xv[m];
         }
     }
-    for (int m = 0; m < n; m++)
-        for (int j = 0; j < q; j++) {
-            float s = sum8(acc[m][j]);
-            for (long t = c; t < d; t++) s += a[j * lda + t] * x[m][t];
-            h[m * ldh + j] = s;
-        }
+    for (int m = 0; m < n; m++) {
+        if (q == 1) h[m * ldh] = sum8(acc[m][0]);
+        for (int j = 0; j + 4 <= q; j += 4) sums4(acc[m] + j, h + m * ldh + j);
+    }
+    for (; c < d; c++)
+        for (int m = 0; m < n; m++)
+            for (int j = 0; j < q; j++) h[m * ldh + j] += a[j * lda + c] * x[m][c];
 }
 
 /* h (n, r) = x (n rows) a^T, a (r, d) with row stride lda */
 static void dots(int n, const float *const *x, const float *a, long lda, long d, long r, float *h) {
-    for (; n >= 3; n -= 3, x += 3, h += 3 * r) {
+    for (; n >= 3 && n != 4; n -= 3, x += 3, h += 3 * r) {
         long j = 0;
         for (; j + 4 <= r; j += 4) dots_block(3, 4, x, a + j * lda, lda, d, h + j, r);
         for (; j < r; j++) dots_block(3, 1, x, a + j * lda, lda, d, h + j, r);
     }
-    if (n == 2) {
+    for (; n >= 2; n -= 2, x += 2, h += 2 * r) {
         long j = 0;
         for (; j + 4 <= r; j += 4) dots_block(2, 4, x, a + j * lda, lda, d, h + j, r);
         for (; j < r; j++) dots_block(2, 1, x, a + j * lda, lda, d, h + j, r);
-    } else if (n == 1) {
+    }
+    if (n == 1) {
         long j = 0;
         for (; j + 8 <= r; j += 8) dots_block(1, 8, x, a + j * lda, lda, d, h + j, r);
         for (; j + 4 <= r; j += 4) dots_block(1, 4, x, a + j * lda, lda, d, h + j, r);
@@ -107,6 +131,10 @@ INLINE void axpys_block(const int n, float *const *y, const float *b, long ldb, 
         for (int m = 0; m < n; m++) acc[m][0] = LOAD(y[m] + c), acc[m][1] = LOAD(y[m] + c + 8);
         for (long j = 0; j < r; j++) {
             v8 b0 = LOAD(b + j * ldb + c), b1 = LOAD(b + j * ldb + c + 8);
+            if (n > 1) {
+                HOLD(b0);
+                HOLD(b1);
+            }
             for (int m = 0; m < n; m++) {
                 float s = h[m * r + j];
                 acc[m][0] += s * b0;
@@ -134,6 +162,8 @@ INLINE void outer_block(const int q, long n, const float *const *x, long c, cons
     for (int j = 0; j < q; j++) acc[j][0] = LOAD(g + j * ldg + c), acc[j][1] = LOAD(g + j * ldg + c + 8);
     for (long m = 0; m < n; m++) {
         v8 x0 = LOAD(x[m] + c), x1 = LOAD(x[m] + c + 8);
+        HOLD(x0);
+        HOLD(x1);
         for (int j = 0; j < q; j++) {
             float s = h[m * ldh + j];
             acc[j][0] += s * x0;

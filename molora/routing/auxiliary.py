@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AuxLossError
-from .losses import WeightedLoss
+from .losses import Parts, WeightedLoss
 from .types import Context, Routing
 
 
@@ -86,9 +86,11 @@ class AuxLoss:
         """Whether something was collected by a whole forward and not yet added to a loss."""
         return self.complete and not self.used and bool(self.live or self.ghosts)
 
-    def collect(self, key: str, routing: Routing, ctx: Context, losses: list[WeightedLoss], decisions: int) -> Routing:
+    def collect(
+        self, key: str, routing: Routing, ctx: Context, losses: list[WeightedLoss], decisions: int, parts: Parts
+    ) -> Routing:
         """Take the losses of one decision; returns the routing to use, whose gates may carry the loss."""
-        aux = sum(loss(routing, ctx, decisions) for loss in losses)
+        aux = sum(loss(routing, ctx, decisions, parts) for loss in losses)
         if in_backward():
             if key not in self.reentrant:
                 return routing

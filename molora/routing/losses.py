@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ from .schedules import Scheduled, number
 from .types import Context, Routing
 
 losses = Registry("loss")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a loss may read besides the decision; given to losses registered with the fact `given=("parts",)`.
+
+    Attributes:
+        router: the Router that decided; `router.scorer` holds its weights, `router.bank` its experts (or None).
+        hidden: (B, S, d) what the router was given.
+    """
+
+    router: Any
+    hidden: Tensor
 
 
 def shares(routing: Routing) -> Tensor:
@@ -128,11 +142,13 @@ class WeightedLoss:
         self.over = options.pop("over", "mean")
         self.weight = number(options.pop("weight", 1.0))
         self.function = Scheduled(losses.get(self.name), options)
+        self.needs_parts = "parts" in losses.fact(self.name, "given", ())
 
-    def __call__(self, routing: Routing, ctx: Context, decisions: int) -> Tensor:
+    def __call__(self, routing: Routing, ctx: Context, decisions: int, parts: Parts | None = None) -> Tensor:
         """Return the weighted share of one decision among `decisions` of them."""
         weight = self.weight(ctx.progress) / (decisions if self.over == "mean" else 1)
-        return weight * self.function(routing, ctx, progress=ctx.progress)
+        given = {"parts": parts} if self.needs_parts else {}
+        return weight * self.function(routing, ctx, progress=ctx.progress, **given)
 
 
 def check_loss(spec: Mapping[str, Any]) -> list[str]:
@@ -148,7 +164,7 @@ def check_loss(spec: Mapping[str, Any]) -> list[str]:
         even = torch.full((1, 1, 2), 0.5)
         try:
             loss = WeightedLoss(spec)
-            for progress in (0.0, 1.0):  # options with wrong values fail now, not in the first training step
+            for progress in () if loss.needs_parts else (0.0, 1.0):  # wrong options fail now, not in the first step
                 loss(Routing(even, even, even), Context(progress=progress), 1)
         except ConfigError as error:
             problems.append(f"loss '{spec['name']}': {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..registry import Registry, Spec, split_spec
+from .features import Place, build_features
 from .links import links
 from .links import softmax as softmax_link
 from .price import Price, prices
@@ -19,6 +21,8 @@ from .selectors import selectors
 from .types import Context, Routing
 
 GRANULARITIES = ("token", "prompt", "task")
+WEIGHTS = ("own", "frozen", "shared")
+SHARED_GATES = ("none", "sigmoid")
 pools = Registry("pool")
 
 
@@ -76,15 +80,48 @@ class AttentionPool(nn.Module):
         return torch.softmax(weights, -1)[:, None] @ x
 
 
+class Shared(nn.Module):
+    """The weights of experts that are always on (DeepSeekMoE, arXiv 2401.06066): no choice touches them.
+
+    Args:
+        dim: hidden size d.
+        num: how many shared experts.
+        gate: `none` (the constant weight) or `sigmoid` (`weight * sigmoid(w x)` per expert, as in Qwen2-MoE).
+        weight: the constant.
+    """
+
+    def __init__(self, dim: int, num: int, *, gate: str = "none", weight: float = 1.0) -> None:
+        super().__init__()
+        if gate not in SHARED_GATES:
+            raise ConfigError(f"experts.shared_gate {gate!r} is unknown; known: {', '.join(SHARED_GATES)}")
+        self.num, self.constant = num, float(weight)
+        self.weight = nn.Parameter(torch.zeros(num, dim)) if gate == "sigmoid" else None
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        """Return (B, S, num) for hidden states x (B, S, d) and gates `like` (B, S, E)."""
+        if self.weight is None:
+            return like.new_full((*like.shape[:-1], self.num), self.constant)
+        return self.constant * torch.sigmoid(x @ self.weight.t())
+
+
 class Router(nn.Module):
     """Decides which experts act on which token.
 
     Args:
         dim: hidden size d of what it reads.
-        num_experts: E.
+        num_experts: E, the experts to choose from.
         scorer, link, selector, price, pool: component specs, names or `{name, **options}`.
+        feature: what the scorer reads: none (the hidden states), a feature spec, or a list of them in order.
         granularity: `token` (a decision per token), `prompt` (one per row, from pooled prompt tokens) or `task`
             (one per row, from its task id).
+        null: m null experts that take part in the choice and do nothing (AdaMoE, arXiv 2406.13233).
+        shared: options of `Shared`, with `num`; none for no shared experts.
+        weights: `own`, `frozen` (the scorer is never trained), or `shared` (the tuner gives it to several routers).
+        place: where the router stands in the depth of the model.
+
+    Attributes:
+        bank: the ExpertBank that the gates multiply, for scorers and losses that read the experts; set by the tuner,
+            and not a submodule.
 
     Raises:
         ConfigError: an option that cannot work with E experts, such as k > E.
@@ -101,31 +138,70 @@ class Router(nn.Module):
         price: Spec | None = None,
         granularity: str = "token",
         pool: Spec = "mean",
+        feature: Spec | Sequence[Spec] | None = None,
+        null: int = 0,
+        shared: Mapping[str, Any] | None = None,
+        weights: str = "own",
+        place: Place | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.null = num_experts, null
         self.granularity = granularity
-        self.scorer = scorers.build(scorer, dim, num_experts)
-        link_name, link_options = split_spec(link)
-        self.link = Scheduled(links.get(link_name), link_options)
-        selector_name, selector_options = split_spec(selector)
-        self.selector = Scheduled(selectors.get(selector_name), selector_options)
+        self.place = place or Place()
+        choices = num_experts + null
+        self.feature = build_features(feature, dim, self.place)
+        read = self.feature[-1].dim if self.feature else dim
+        self.pool = pools.build(pool, read) if granularity == "prompt" else None
+        self.weights = weights
+        self.scorer = scorers.build(scorer, read, choices)
+        self._experts: tuple[Any, ...] = ()  # in a tuple, so that the bank is not registered as a part of the router
+        scorer_name = split_spec(scorer)[0]
+        self._scorer_takes = scorers.fact(scorer_name, "given", ())
+        self.link = _component(links, link, choices)
+        self.selector = _component(selectors, selector, read, choices)
+        selector_name = split_spec(selector)[0]
+        self._selector_takes = selectors.fact(selector_name, "given", ())
         self._selects = selectors.fact(selector_name, "sparse", False)
         self.price = None
         if price is not None:
-            if "price" not in selectors.fact(selector_name, "given", ()):
+            if "price" not in self._selector_takes:
                 raise ConfigError(f"selector '{selector_name}' cannot use a price; use top_k, or leave price out")
-            self.price = Price(num_experts, prices.build(price))
-        self.pool = pools.build(pool, dim) if granularity == "prompt" else None
+            self.price = Price(choices, prices.build(price))
+        self.shared = Shared(read if self.pool is not None else dim, **shared) if shared else None
+        self.freeze()
         # Fail now, not in the first forward, when an option cannot work with this many experts.
-        for progress in (0.0, 1.0):
-            probs = self.link(torch.zeros(1, 1, num_experts), progress=progress)
-            self._select(probs, Context(progress=progress))
+        with torch.no_grad():
+            for progress in (0.0, 1.0):
+                scores = torch.zeros(1, 1, choices)
+                probs = self.link(scores, progress=progress)
+                self._select(scores, probs, torch.zeros(1, 1, read), Context(progress=progress))
+
+    @property
+    def bank(self) -> Any:
+        """The experts that the gates multiply; None when the router stands alone."""
+        return self._experts[0] if self._experts else None
+
+    def reads(self, bank: Any) -> None:
+        """Tell the router which experts its gates multiply."""
+        self._experts = (bank,)
+
+    def borrow(self, scorer: nn.Module) -> None:
+        """Score with another router's scorer, which alone holds, trains and saves the weights."""
+        del self._modules["scorer"]
+        self.__dict__["scorer"] = scorer  # not through nn.Module, which would register it a second time
+
+    def freeze(self) -> None:
+        """Make sure that frozen weights are not trainable; PEFT switches all parameters on with its adapters."""
+        if self.weights == "frozen":
+            self.scorer.requires_grad_(False)
+        for module in self.modules():
+            if module is not self and hasattr(module, "freeze"):
+                module.freeze()
 
     @property
     def sparse(self) -> bool:
         """Whether no gradient needs a gate that is zero, so that kernels may skip what is not selected."""
-        options = self.selector.fixed
+        options = self.selector.fixed if isinstance(self.selector, Scheduled) else {}
         return self._selects and options.get("grad", "soft") != "straight_through"
 
     def plain_form(self) -> dict[str, Any] | None:
@@ -135,6 +211,10 @@ class Router(nn.Module):
         entropy_switch with constant options. The keys are those of `Layer` in kernels/native.c.
         """
         if self.granularity != "token" or type(self.scorer) is not Linear or self.scorer.activation is not None:
+            return None
+        if self.feature or self.null or self.shared is not None:
+            return None
+        if not (isinstance(self.link, Scheduled) and isinstance(self.selector, Scheduled)):
             return None
         if self.link.function is not softmax_link or self.link.moving or self.selector.moving:
             return None
@@ -161,27 +241,64 @@ class Router(nn.Module):
             "temperature": self.link.fixed.get("temperature", 1.0),
         }
 
-    def _select(self, probs: Tensor, ctx: Context) -> Tensor:
-        if self.price is None:
-            return self.selector(probs, ctx, progress=ctx.progress)
-        return self.selector(probs, ctx, progress=ctx.progress, price=self.price.value.to(probs.device))
+    def _select(self, scores: Tensor, probs: Tensor, hidden: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return gates (B, S, N) and the notes of the selector."""
+        given: dict[str, Any] = {}
+        for name in self._selector_takes:
+            if name == "price":
+                given[name] = None if self.price is None else self.price.value.to(probs.device)
+            elif name == "real":
+                given[name] = self.num_experts
+            elif name == "scores":
+                given[name] = scores
+            elif name == "hidden":
+                given[name] = hidden
+            elif name == "notes":
+                given[name] = {}
+        return self.selector(probs, ctx, progress=ctx.progress, **given), given.get("notes", {})
+
+    def _score(self, read: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return scores (B, S, N) and the notes of the scorer."""
+        given: dict[str, Any] = {}
+        for name in self._scorer_takes:
+            given[name] = {"bank": self.bank, "x": x, "notes": {}}[name]
+        return self.scorer(read, ctx, **given), given.get("notes", {})
 
     def forward(self, x: Tensor, ctx: Context) -> Routing:
         """Decide for x (B, S, d) -> Routing of (B, S, E), or (B, 1, E) per prompt and per task."""
         with torch.autocast(x.device.type, enabled=False):
-            hidden = x.float()
+            hidden = read = x.float()
+            for feature in self.feature:
+                read = feature(read, ctx)
             if self.pool is not None:
-                hidden = self.pool(hidden, prompt_tokens(hidden, ctx))
-            scores = self.scorer(hidden, ctx)
+                read = self.pool(read, prompt_tokens(read, ctx))
+            scores, notes = self._score(read, hidden, ctx)
             probs = self.link(scores, progress=ctx.progress)
-            return Routing(scores, probs, self._select(probs, ctx))
+            gates, more = self._select(scores, probs, read, ctx)
+            choices = None
+            if self.null:
+                choices, gates = gates != 0, gates[..., : self.num_experts]
+            always = None
+            if self.shared is not None:
+                # a decision per prompt or per task may not read single tokens
+                always = self.shared(read if self.pool is not None else hidden, gates)
+            return Routing(scores, probs, gates, always, choices, {**notes, **more} or None)
 
     @torch.no_grad()
     def permute(self, order: Tensor) -> None:
         """Put the experts in another order."""
-        self.scorer.permute(order)
-        if self.price is not None:
-            self.price.permute(order)
+        if self.null:  # null experts stay where they are, after the real ones
+            order = torch.cat([order, torch.arange(self.num_experts, self.num_experts + self.null)])
+        for part in (self.scorer, self.link, self.selector, self.price):
+            if hasattr(part, "permute"):
+                part.permute(order)
+
+
+def _component(registry: Registry, spec: Spec, *args: Any) -> Any:
+    """Build a link or a selector: a function whose options may be schedules, or a module called in the same way."""
+    name, options = split_spec(spec)
+    component = registry.get(name)
+    return component(*args, **options) if inspect.isclass(component) else Scheduled(component, options)
 
 
 def prompt_tokens(x: Tensor, ctx: Context) -> Tensor:

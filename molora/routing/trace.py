@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..errors import AuxLossError, RoutingError
 from .auxiliary import AuxLoss, in_backward
-from .losses import WeightedLoss
+from .losses import Parts, WeightedLoss
 from .router import Router
-from .types import Context, Routing
+from .types import Context, Memory, Routing
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Pass:
         decisions: the decisions that other sites or later forwards reuse, by group.
         per_prompt: the groups whose decision outlives the forward, together with its cache.
         aux: the auxiliary loss.
+        memory: what routers pass on to later routers, and to later forwards of the same generation.
     """
 
     # not a dataclass: torch.compile cannot trace default factories
@@ -76,15 +77,20 @@ class Pass:
         self.decisions: dict[str, Routing] = {}
         self.per_prompt: set[str] = set()
         self.aux = AuxLoss()
+        self.memory = Memory()
 
 
 @dataclass
 class Plan:
-    """What an adapter asks of the trace: its losses, how many decisions a forward takes, and what else it needs."""
+    """What an adapter asks of the trace: its losses, how many decisions a forward takes, and what else it needs.
+
+    `by_prompt`: decisions outlive a forward. `remembers`: routers need the tokens before this forward (Memory.past).
+    """
 
     losses: list[WeightedLoss]
     decisions: int
     by_prompt: bool = False
+    remembers: bool = False
     scheduled: bool = False
     sites: set[str] = field(default_factory=set)
 
@@ -119,6 +125,7 @@ class Trace:
         # Per-prompt decisions belong to the key-value cache they were taken with, so that interleaved generations
         # never exchange them.
         self._kept: weakref.WeakKeyDictionary[Any, dict[str, Routing]] = weakref.WeakKeyDictionary()
+        self._past: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out everything that holds a graph: copies and pickles start with no pass."""
@@ -161,8 +168,11 @@ class Trace:
         if now.collecting and self._called is not None:
             self._warn_of_bypassed()
         cache = cache if cache is not None else now.cache
-        if cache is not None and now.per_prompt and not now.continuing and not now.collecting:
-            self._kept[cache] = {group: now.decisions[group] for group in now.per_prompt}
+        if cache is not None and not now.collecting:
+            if now.per_prompt and not now.continuing:
+                self._kept[cache] = {group: now.decisions[group] for group in now.per_prompt}
+            if now.memory.past:
+                self._past[cache] = now.memory.past
         # Layers that are called on their own, outside of the model's forward, must not see the masks of this one.
         self._now = Pass()
         self._is_open = False
@@ -212,6 +222,16 @@ class Trace:
             "molora.pin(model, gates)"
         )
 
+    def past(self, cache: Any) -> dict[str, Any]:
+        """Return what routers remember of the tokens in `cache`; raise RoutingError when the cache is foreign."""
+        if cache in self._past:
+            return dict(self._past[cache])
+        raise RoutingError(
+            "this forward continues a key-value cache whose earlier tokens this model's routers have not seen (a "
+            "copied or foreign cache), and they need them; run the prompt again, or pin the gates with "
+            "molora.pin(model, gates)"
+        )
+
     def amend(self, stack: str, context: Context, shape: tuple[int, ...]) -> None:
         """Tell the masks of one stack (an encoder that runs inside or before the forward of its model)."""
         if not self._is_open:
@@ -222,6 +242,11 @@ class Trace:
     def is_collecting(self) -> bool:
         """Whether the open pass collects auxiliary losses."""
         return self._is_open and self._now.collecting
+
+    @property
+    def memory(self) -> Memory:
+        """What the routers of the open pass pass on."""
+        return self._now.memory
 
     @property
     def aux(self) -> AuxLoss:
@@ -246,7 +271,7 @@ class Trace:
         hidden = _as_rows(x, now.shape.get(site.stack))
         gates = None if self.pins is None else self._pinned(site, x.device)
         if gates is None:
-            gates = self._routing(site, router, hidden, now).gates
+            gates = self._routing(site, router, hidden, now).applied
         if site.column is not None:
             gates = gates[..., site.column : site.column + 1]
         return _as_input(gates, hidden, x)
@@ -267,7 +292,7 @@ class Trace:
         ctx = now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
         routing = router(hidden, ctx)
         if now.collecting:
-            routing = self._collect(site, router, routing, ctx, now)
+            routing = self._collect(site, router, routing, ctx, now, hidden)
         if self.readers and not in_backward():
             for reader in self.readers:
                 reader(site, routing, ctx)
@@ -292,13 +317,16 @@ class Trace:
             )
         return _fitting(routing, site, hidden)
 
-    def _collect(self, site: Site, router: Router, routing: Routing, ctx: Context, now: Pass) -> Routing:
+    def _collect(
+        self, site: Site, router: Router, routing: Routing, ctx: Context, now: Pass, hidden: Tensor
+    ) -> Routing:
         if router.price is not None and not in_backward():
             router.price.observe(routing.selected, ctx.weights(routing.gates))
         plan = self.plans.get(site.adapter)
         if plan is None or not plan.losses:
             return routing
-        return now.aux.collect(site.group, routing, ctx, plan.losses, plan.decisions)
+        parts = Parts(router, hidden)
+        return now.aux.collect(site.group, routing, ctx, plan.losses, plan.decisions, parts)
 
 
 def as_gates(pinned: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ Shape letters used in this folder: B rows of the batch, S positions, d hidden si
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,10 @@ class Context:
         progress: how far training is, in [0, 1]; schedules read it.
         pinned: gates that replace every decision, broadcastable to (B, S, E); None lets routers decide.
         training: whether this is a training forward (noise and exploration are allowed).
+        token_ids: (B, S) long, the token ids of this forward; None when the model was given embeddings.
+        expert_ids: (B, 1|S) long, the expert that a label asks for at each token, -1 for none; None without labels.
+        extra: (B, 1|S, m) float, features that the caller adds to what routers read (an accent, a domain).
+        memory: what routers of one forward pass on to later routers; None outside of a model's forward.
     """
 
     valid: Tensor | None = None
@@ -31,17 +37,24 @@ class Context:
     progress: float = 0.0
     pinned: Tensor | None = None
     training: bool = False
+    token_ids: Tensor | None = None
+    expert_ids: Tensor | None = None
+    extra: Tensor | None = None
+    memory: Memory | None = None
 
     def fit(self, x: Tensor) -> Context:
         """Return the context with the masks that do not describe the leading axes of `x` (B, S, d) removed."""
+        tokens = x.shape[:-1]
 
-        def fitting(mask: Tensor | None) -> Tensor | None:
-            return mask if mask is not None and mask.shape == x.shape[:-1] else None
+        def misfits(mask: Tensor | None) -> bool:
+            return mask is not None and mask.shape[:2] != tokens
 
-        valid, prompt = fitting(self.valid), fitting(self.prompt)
-        if valid is self.valid and prompt is self.prompt:
-            return self
-        return dataclasses.replace(self, valid=valid, prompt=prompt)
+        wrong = [name for name in ("valid", "prompt", "token_ids") if misfits(getattr(self, name))]
+        for name in ("expert_ids", "extra"):
+            given = getattr(self, name)
+            if given is not None and (given.shape[0] != tokens[0] or given.shape[1] not in (1, tokens[1])):
+                wrong.append(name)
+        return dataclasses.replace(self, **dict.fromkeys(wrong)) if wrong else self
 
     def weights(self, like: Tensor) -> Tensor:
         """Return (B, S) float32 weights of the decisions in `like` (B, S, E): 1 at real tokens, 0 at padding.
@@ -56,30 +69,59 @@ class Context:
         return torch.ones(like.shape[:-1], dtype=torch.float32, device=like.device)
 
 
+class Memory:
+    """What routers leave for other routers, by name.
+
+    Attributes:
+        now: of this forward; gone when it ends (but kept for a checkpoint's recompute).
+        past: of the tokens that came before, kept together with the key-value cache of a generation; empty in a
+            forward without a cache. A router reads and writes only its own entries, whose first axis is the batch.
+    """
+
+    def __init__(self) -> None:
+        self.now: dict[str, Any] = {}
+        self.past: dict[str, Any] = {}
+
+
 @dataclass(frozen=True)
 class Routing:
     """One routing decision, all float32.
 
+    E counts the experts that are routed; N = E + m where m null experts take part in the choice.
+
     Attributes:
-        scores: (B, S, E) raw scores of the scorer; S is 1 when the decision is per prompt or per task.
-        probs: (B, S, E) scores after the link function.
+        scores: (B, S, N) raw scores of the scorer; S is 1 when the decision is per prompt or per task.
+        probs: (B, S, N) scores after the link function.
         gates: (B, S, E) weights that multiply the experts; zero means "not routed".
+        always: (B, S, n) weights of the shared experts, which no choice touches; None without them.
+        choices: (B, S, N) bool, what was selected, null experts included; None: exactly the gates that are not zero.
+        notes: further tensors (B, S, ...) or scalars that a scorer or a selector leaves for its losses.
     """
 
     scores: Tensor
     probs: Tensor
     gates: Tensor
+    always: Tensor | None = None
+    choices: Tensor | None = None
+    notes: Mapping[str, Tensor] | None = None  # not a default factory: torch.compile cannot trace those
 
     @property
     def num_experts(self) -> int:
-        """The number of experts E."""
+        """The number of routed experts E."""
         return self.gates.shape[-1]
 
     @property
     def selected(self) -> Tensor:
-        """(B, S, E) bool: which experts are routed to."""
-        return self.gates != 0
+        """(B, S, N) bool: which experts were chosen, null experts included."""
+        return self.gates != 0 if self.choices is None else self.choices
+
+    @property
+    def applied(self) -> Tensor:
+        """(B, S, E + n): the weights of all experts of the bank, shared experts last."""
+        return self.gates if self.always is None else torch.cat([self.gates, self.always], -1)
 
     def detach(self) -> Routing:
         """Return the same decision without its graph."""
-        return Routing(self.scores.detach(), self.probs.detach(), self.gates.detach())
+        notes = {name: value.detach() for name, value in (self.notes or {}).items()}
+        always = None if self.always is None else self.always.detach()
+        return Routing(self.scores.detach(), self.probs.detach(), self.gates.detach(), always, self.choices, notes)
