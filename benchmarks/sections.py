@@ -29,6 +29,9 @@ BASE = "frozen base"
 OURS = "molora E=8 k=2"
 
 
+LEAST = 3  # rounds: fewer have no quartiles to speak of
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How large everything is; `QUICK` only shows that the benchmark works."""
@@ -43,7 +46,7 @@ class Sizes:
     layer: int = 1024  # width of the single layer that the scaling section looks at
     lengths: tuple[int, ...] = (1, 8, 32, 128, 512, 2048)
     loaded: tuple[int, ...] = (3, 65)
-    least: int = 4  # rounds
+    least: int = LEAST  # rounds
     sample: float = 0.04  # seconds
 
     def race(self, works: dict[str, Work], until: float) -> list[dict[str, Any]]:

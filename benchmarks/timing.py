@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 GROUP = 2  # contenders between two timings of the reference
+LONG = 10  # samples that a first, slow call of a work lasts for it to need no repetition
 
 
 class Work(Protocol):
@@ -83,7 +84,8 @@ def race(
     """Time works in turns until `time.monotonic()` reaches `until`; the first one is the reference of the ratios.
 
     Args:
-        least, most: rounds that are run at least, whatever the clock says, and at most.
+        least, most: rounds that are run at least, whatever the clock says, and at most. No further round is begun
+            that would end after `until` if it took as long as the last one.
         sample: seconds that one sample should last at least; short work is repeated inside of it.
     """
     names = list(works)
@@ -92,8 +94,9 @@ def race(
     results = {name: Result() for name in names}
     gc.collect()
     gc.freeze()  # the models stay: the collections between samples need not walk them
-    rounds = 0
-    while rounds < least or (rounds < most and time.monotonic() < until):
+    rounds, took = 0, 0.0
+    while rounds < least or (rounds < most and time.monotonic() + took < until):
+        began = time.monotonic()
         order = others if rounds % 2 == 0 else others[::-1]
         before, references = _sample(works[first], repeats[first]), []
         references.append(before)
@@ -107,15 +110,15 @@ def race(
             before = after
         results[first].seconds.append(statistics.median(references))
         results[first].ratios.append(1.0)
-        rounds += 1
+        rounds, took = rounds + 1, time.monotonic() - began
     gc.unfreeze()
     return results
 
 
 def _repeats(work: Work, sample: float) -> int:
     """Warm the work up and return how often to repeat it in one sample."""
-    work.prepare()
-    work()
+    if _sample(work, 1) >= LONG * sample:
+        return 1  # clear already, and a second call would take seconds
     return max(1, min(400, round(sample / max(_sample(work, 1), 1e-6))))
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from .checkpoint import load, save
 from .config import MoloraConfig
 from .config import recipe_names as recipes
-from .control import add_aux, drop_aux, pin, record, report, set_progress, settle, using, write_expert
+from .control import add_aux, drop_aux, edit, pin, record, report, set_progress, settle, using, write_expert
 from .errors import AuxLossError, ConfigError, DataError, LoadError, MoloraError, RoutingError
 from .from_peft import import_peft
+from .growth import few_shot, grow
 from .kernels.choose import kernel
 from .to_peft import export_peft
 from .train.attach import attach
 from .train.doctor import doctor
+from .train.objectives import objective_loss
 from .wrapping import wrap
 
 __version__ = "0.1.0.dev0"
@@ -31,10 +33,14 @@ __all__ = [
     "attach",
     "doctor",
     "drop_aux",
+    "edit",
     "export_peft",
+    "few_shot",
+    "grow",
     "import_peft",
     "kernel",
     "load",
+    "objective_loss",
     "pin",
     "recipes",
     "record",

@@ -24,7 +24,7 @@ from .config import MoloraConfig
 from .errors import ConfigError, LoadError, MoloraError, raise_all
 from .files import CARD, Contents, TensorInfo, local_folder, look, mention_molora, replacing
 from .fingerprint import differences, of_model
-from .layers import RoutedLinear
+from .layers import RoutedLayer
 from .tuner import MoloraModel, check_adapter_name
 from .undo import undone_on_error
 from .wrapping import accept_own_arguments
@@ -143,7 +143,7 @@ def _base_for(model: nn.Module, adapter_name: str) -> nn.Module:
                 f"model.delete_adapter('{adapter_name}') first"
             )
         base = model.get_base_model()
-    elif any(isinstance(module, RoutedLinear) for module in model.modules()):
+    elif any(isinstance(module, RoutedLayer) for module in model.modules()):
         raise ConfigError("this is the inside of a wrapped model; give the PeftModel around it, or a fresh base model")
     else:
         base = model

@@ -205,6 +205,7 @@ def recipe_facts(name: str) -> dict[str, Any]:
 
 def components() -> dict[str, list[dict[str, Any]]]:
     """Return every registered component by kind: name, first line of its docstring, options with their defaults."""
+    from .routing.controllers import controllers
     from .routing.entropy import entropies
     from .routing.links import links
     from .routing.losses import losses
@@ -214,7 +215,7 @@ def components() -> dict[str, list[dict[str, Any]]]:
     from .routing.scorers import scorers
     from .routing.selectors import selectors
 
-    registries: list[Registry] = [scorers, links, selectors, prices, pools, losses, schedules, entropies]
+    registries: list[Registry] = [scorers, links, selectors, prices, pools, losses, schedules, controllers, entropies]
     return {registry.kind: [_component(registry, name) for name in registry] for registry in registries}
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+import torch
 from torch import Tensor, nn
 
 PREFIX = "molora_"
@@ -92,6 +95,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def looks_both_ways(model: nn.Module) -> bool:
+    """Tell whether every attention of a model sees the whole input (BERT, encoders); False when there is none."""
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(causal) and not any(causal)
+
+
 def encoder_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Return the path and module of the encoder of an encoder-decoder model, else None."""
     if not is_encoder_decoder(model) or not hasattr(model, "get_encoder"):
@@ -117,6 +126,68 @@ def input_family(leaf: str) -> str | None:
     return next((family for family, names in SAME_INPUT.items() if leaf in names), None)
 
 
+class _Followed:
+    """A method of one cache that tells somebody which rows of it were picked."""
+
+    def __init__(self, cache: Any, name: str, told: Callable[[Any, Any], None]) -> None:
+        self.cache, self.name, self.told = weakref.ref(cache), name, told
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method of the class, then tell."""
+        cache = self.cache()
+        result = getattr(type(cache), self.name)(cache, *args, **kwargs)
+        rows = next(iter((*args, *kwargs.values())), None) if self.name in _ROWS_PICKED else None
+        self.told(cache, rows)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Leave a copied cache its own method."""
+        copied = memo.get(id(self.cache()))
+        return getattr(type(copied), self.name).__get__(copied)
+
+
+# Methods of transformers' caches that pick rows (beam search), and those that change them in other ways.
+_ROWS_PICKED = ("reorder_cache", "batch_select_indices")
+_ROWS_CHANGED = ("crop", "batch_repeat_interleave", "reset")
+
+
+def follow_rows(cache: Any, told: Callable[[Any, Any], None]) -> None:
+    """Let `told(cache, rows)` know when a cache picks rows (beam search does, without a word to the model).
+
+    `rows` is the tensor of picked rows, or None for any other change that is not a forward.
+    """
+    for name in (*_ROWS_PICKED, *_ROWS_CHANGED):
+        if hasattr(type(cache), name) and name not in vars(cache):
+            setattr(cache, name, _Followed(cache, name, told))
+
+
+def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the self-attention modules of a model by path: the innermost ones called so, without cross-attention."""
+    called = {
+        path: module
+        for path, module in model.named_modules()
+        if "Attention" in type(module).__name__ and PREFIX not in path
+    }
+    return {
+        path: module
+        for path, module in called.items()
+        if not any(other.startswith(f"{path}.") for other in called)
+        and not any(segment in CROSS_ATTENTION for segment in path.split("."))
+    }
+
+
+def use_eager_attention(model: nn.Module) -> None:
+    """Switch a transformers model to the only attention that gives its weights away."""
+    if getattr(getattr(model, "config", None), "_attn_implementation", "eager") != "eager":
+        model.set_attn_implementation("eager")
+
+
+def weights_of_attention(output: Any) -> Tensor | None:
+    """Return the weights (B, heads, S, P + S) in what an attention module returned, None when it gave none."""
+    last = output[-1] if isinstance(output, tuple) and len(output) > 1 else None
+    return last if isinstance(last, Tensor) and last.dim() == 4 else None
+
+
 def tokens_in_cache(cache: Any) -> int:
     """Return how many tokens a key-value or state-space cache holds; 0 for none."""
     if cache is None:
@@ -128,6 +199,21 @@ def tokens_in_cache(cache: Any) -> int:
             pass
     previous = getattr(cache, "has_previous_state", False)
     return int(bool(previous() if callable(previous) else previous))
+
+
+def shifted_labels(model: Any, labels: Tensor) -> Tensor | None:
+    """Return the decoder's ids (B, S) that an encoder-decoder makes of its labels; None when it has no such way."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return shift(labels=labels) if shift is not None and labels.dim() == 2 else None
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Return how many token ids a model knows; None when it reads no tokens."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()  # models of images and text keep it one level down
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def add_output(outputs: Any, name: str, value: Tensor) -> None:
@@ -189,6 +275,7 @@ def embeddings_of(model: nn.Module) -> dict[str, Tensor]:
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):  # not a transformers model, or one without them
             found.append(getattr(model, name)())
+    found = [getattr(embedding, "base_layer", embedding) for embedding in found]
     return {
         f"{path}.{name}": weight
         for path, module in model.named_modules()
@@ -247,3 +334,105 @@ def module_paths(base: nn.Module) -> list[str]:
 def linear_sizes_of(base: nn.Module) -> dict[str, tuple[int, int]]:
     """Return (d_in, d_out) of every linear layer of a base model, wrapped or not, by its path."""
     return {path: sizes for path in module_paths(base) if (sizes := linear_sizes(base.get_submodule(path))) is not None}
+
+
+# The linear layers of an MLP block, by the names that models give them: those that read its input, and the one that
+# writes its output. Between them every known model acts on single rows (activation, product, dropout).
+MLP_LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("wi_0", "wi_1"), "wo"),
+    (("wi",), "wo"),
+    (("Wi",), "Wo"),
+    (("w1", "w3"), "w2"),
+    (("fc1",), "fc2"),
+    (("fc_in",), "fc_out"),
+    (("c_fc",), "c_proj"),
+    (("lin1",), "lin2"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("intermediate.dense",), "output.dense"),
+)
+
+
+def mlp_blocks(model: nn.Module) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Return the MLP blocks of a model: (paths of the layers that read the input, path of the last) by module path.
+
+    Found by names and sizes: the layers read one input of size d, and the last takes what they make back to d. One
+    layer alone may make gate and up side by side, twice as wide as what the last reads.
+    """
+    found = {}
+    for path, parent in model.named_modules():
+        for readers, writer in MLP_LAYERS:
+            try:
+                sizes = [linear_sizes(parent.get_submodule(name)) for name in (*readers, writer)]
+            except AttributeError:
+                continue
+            if None in sizes or "molora_" in path:
+                continue
+            *first, (width, d_out) = sizes  # type: ignore[misc]
+            wide = {width, 2 * width} if len(first) == 1 else {width}
+            if all(d_in == d_out and made in wide for d_in, made in first):
+                start = f"{path}." if path else ""
+                found[path] = tuple(start + name for name in readers), start + writer
+                break
+    return found
+
+
+# --- native mixtures of experts: 3-D parameters ---------------------------------------------------------------------
+
+
+def native_experts(module: nn.Module) -> dict[str, tuple[int, int]] | None:
+    """Return {parameter: (d_in, d_out)} of a module of stacked native experts, wrapped or not; None for others.
+
+    These are the classes under transformers' `use_experts_implementation` (Mixtral, Qwen-MoE, ...): whatever they look
+    like inside, transformers itself replaces their forward by the grouped one that `run_native_experts` follows.
+    """
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    facts = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate", "_is_expert_parallel")
+    if not all(hasattr(module, fact) for fact in facts) or module._is_expert_parallel:
+        return None
+    sizes = {}
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor) or weight.dim() != 3 or weight.element_size() < 2:
+            return None  # quantised to less than 16 bits
+        if not weight.is_floating_point():
+            return None
+        sizes[name] = tuple(weight.shape[1:]) if module.is_transposed else (weight.shape[2], weight.shape[1])
+    return sizes  # type: ignore[return-value]
+
+
+def run_native_experts(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor, add: Any) -> Tensor:
+    """Run stacked native experts as transformers' grouped forward does, with something added to each product.
+
+    Args:
+        module: the module of the experts (see `native_experts`).
+        x: (N, d); index, weights: (N, k), the native router's choice.
+        add: called as `add(parameter, y, rows, expert, token)` with y (M, d_out) the product of the M = N k sorted
+            rows (M, d_in) and the 3-D parameter of that name, the native expert and the token of each row; returns
+            what takes the place of y.
+
+    Returns:
+        (N, d).
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    k = index.shape[-1]
+    expert, order = torch.sort(index.reshape(-1), stable=True)
+    token = order // k
+    ends = torch.bincount(expert, minlength=module.num_experts).cumsum(0).to(torch.int32)
+    rows = x.index_select(0, token)
+    up, down = native_experts(module) or ()
+    for name in (up, down):
+        bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+        weight = getattr(module, name)
+        y = add(name, _grouped_linear(rows, weight, ends, bias, module.is_transposed), rows, expert, token)
+        rows = y if name == down else module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    if getattr(module, "has_post_expert_norm", False):
+        rows = module.post_expert_norm(rows)
+    weighted = rows * weights.reshape(-1)[order][:, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return weighted[back].view(len(x), k, -1).sum(1).to(x.dtype)

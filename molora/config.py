@@ -20,13 +20,19 @@ from peft import PeftConfig
 from .compat import MOLORA
 from .errors import ConfigError, LoadError, did_you_mean, raise_all
 from .experts.bank import FORMS
+from .experts.forms import form_problems, forms
+from .experts.pool import POOLS
 from .files import CARD, finish, mention_molora
 from .paths import recipes_dir
-from .registry import Spec
+from .plan import profile_problems
+from .registry import Spec, split_spec
 from .routing import parts  # noqa: F401  (registers every part)
+from .routing.branches import KEYS as BRANCH_KEYS
+from .routing.branches import check_branches
 from .routing.features import features, listed
 from .routing.links import links
 from .routing.losses import check_loss
+from .routing.objectives import check_objective, objectives
 from .routing.price import check_price
 from .routing.router import GRANULARITIES, SHARED_GATES, WEIGHTS, pools
 from .routing.schedules import build_schedule, is_schedule
@@ -36,7 +42,11 @@ from .routing.selectors import selectors
 FORMAT_VERSION = 1
 SHARES = ("site", "group", "block", "model")
 
-# The keys of `experts` and their defaults; `module` makes each wrapped layer of a block one expert (MiLoRA).
+# Forms that arrange LoRAs over several layers: `module` makes each wrapped layer of a transformer block one expert
+# (MiLoRA); with `block` an expert is a whole MLP, and other layers have one LoRA each (MixLoRA).
+ARRANGED = ("module", "block")
+
+# The keys of `experts` and their defaults.
 EXPERTS: dict[str, Any] = {
     "form": "lora",
     "num": 8,
@@ -52,6 +62,7 @@ EXPERTS: dict[str, Any] = {
     "shared": 0,
     "shared_gate": "none",
     "shared_weight": 1.0,
+    "pool": "none",
 }
 
 
@@ -69,7 +80,9 @@ class MoloraConfig(PeftConfig):
             expert. The delta is scaled by `scaling`, else alpha / rank (alpha / sqrt(rank) with `rslora`). `frozen` is
             a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from. `null`
             experts take part in the choice and do nothing; `shared` experts come after the `num` routed ones and are
-            always on, with weight `shared_weight` (times a learned sigmoid with `shared_gate: sigmoid`).
+            always on, with weight `shared_weight` (times a learned sigmoid with `shared_gate: sigmoid`). `num` may also
+            be a profile over the depth, `{profile, min, max, total}` (plan.over_depth). `pool` makes layers of equal
+            `shape` (or equal shape and `name`) share one bank, each with its own router.
         scorer, link, selector, price, pool: component specs, a name or `{name, **options}`.
         feature: what scorers read, made from the hidden states: null, a component spec, or a list of them in order.
         weights: `own`, `shared` (routers of the same sizes have one scorer, each with its own input) or `frozen` (the
@@ -77,8 +90,17 @@ class MoloraConfig(PeftConfig):
         granularity: `token`, `prompt` or `task`.
         share: who shares a decision: `site` (nobody), `group` (layers that read the same input: q, k, v; gate, up),
             `block` (the layers of one transformer block) or `model`.
+        per_site: with `share: block` or `model`: the shared decision holds gates of its own for each of its layers.
         losses: list of `{name, weight, over, **options}`.
-        layers: list of `{match, experts}`: regexes of module paths whose experts differ; the first match counts.
+        objective: how the training loss is made of several forwards of a batch: null (one forward, its own loss), or
+            a component spec; it acts through `molora.attach(trainer)` or `molora.objective_loss(model, inputs)`.
+        branches: two or more mappings, for routers that decide side by side: each holds what differs from the keys
+            scorer, link, selector, price, pool, feature and granularity at the top, or null for one router.
+        mix: how the gates of branches come together: `sum`, `softmax` or `gate`.
+        layers: list of `{match, experts, selector}`: regexes of module paths whose experts, or options of the
+            selector, differ; for each of the two the first match that names it counts.
+        native_experts: with `all-linear`, also adapt the 3-D expert parameters of native mixtures (Mixtral, Qwen-MoE):
+            `experts.num` LoRAs for each native expert. Without it, name their module (`experts`) in `target_modules`.
         upcast_base: multiply frozen half-precision layers in float32, on CPUs; null leaves it to the rule of
             molora/kernels/upcast.py, which does so where the processor has no units for half precision.
         format_version: version of the saved layout.
@@ -99,8 +121,13 @@ class MoloraConfig(PeftConfig):
     weights: str = "own"
     granularity: str = "token"
     share: str = "site"
+    per_site: bool = False
     losses: list[dict[str, Any]] = field(default_factory=list)
+    objective: Any = None
+    branches: list[dict[str, Any]] | None = None
+    mix: str = "sum"
     layers: list[dict[str, Any]] = field(default_factory=list)
+    native_experts: bool = False
     upcast_base: bool | None = None
     format_version: int = FORMAT_VERSION
     fingerprint: dict[str, Any] | None = None
@@ -121,7 +148,8 @@ class MoloraConfig(PeftConfig):
         found = _expert_problems(self.experts, "experts", partial=False)
         for kind, registry in (("scorer", scorers), ("link", links), ("selector", selectors), ("pool", pools)):
             found += registry.problems(getattr(self, kind)) + _schedule_problems(getattr(self, kind), kind)
-        found += check_price(self.price)
+        found += check_branches(self.branches, self.mix, {key: getattr(self, key) for key in BRANCH_KEYS})
+        found += check_price(self.price) + check_objective(self.objective) + _schedule_problems(self.objective, "objective")
         for feature in listed(self.feature):
             found += features.problems(feature) + _schedule_problems(feature, "feature")
         if self.weights not in WEIGHTS:
@@ -138,14 +166,22 @@ class MoloraConfig(PeftConfig):
             found.append(f"granularity '{self.granularity}' is unknown{did_you_mean(self.granularity, GRANULARITIES)}")
         if self.share not in SHARES:
             found.append(f"share '{self.share}' is unknown{did_you_mean(self.share, SHARES)}")
+        if not isinstance(self.native_experts, bool):
+            found.append(f"native_experts must be true or false, got {self.native_experts!r}")
         if self.upcast_base is not None and not isinstance(self.upcast_base, bool):
             found.append(f"upcast_base must be true, false or null, got {self.upcast_base!r}")
         found += self._combination_problems()
         for entry in lists["layers"]:
-            if not isinstance(entry, Mapping) or set(entry) != {"match", "experts"}:
-                found.append(f"layers entry {entry!r} must be {{match: <regex of module paths>, experts: {{...}}}}")
+            if not isinstance(entry, Mapping) or not {"match"} < set(entry) <= {"match", "experts", "selector"}:
+                found.append(
+                    f"layers entry {entry!r} must be {{match: <regex of module paths>, experts: {{...}}}}, or have "
+                    "selector: {...} with options that differ there"
+                )
                 continue
-            found += _expert_problems(entry["experts"], "layers.experts", partial=True)
+            found += _expert_problems(entry.get("experts", {}), "layers.experts", partial=True)
+            if "selector" in entry:
+                selector = self.selector_at(entry["selector"])
+                found += selectors.problems(selector) + _schedule_problems(selector, "layers.selector")
             try:
                 re.compile(entry["match"])
             except (re.error, TypeError) as error:
@@ -156,22 +192,45 @@ class MoloraConfig(PeftConfig):
         found = []
         scorer = self.scorer.get("name") if isinstance(self.scorer, Mapping) else self.scorer
         by_task = isinstance(scorer, str) and scorer in scorers and scorers.fact(scorer, "reads") == "task"
-        if (self.granularity == "task") != by_task:
+        if (self.granularity == "task") != by_task and not self.branches:
             found.append(
                 f"granularity '{self.granularity}' does not go with scorer '{scorer}': "
                 "task decisions need scorer: {name: table, num_tasks: ...}, and only they can use it"
             )
+        objective = self.objective.get("name") if isinstance(self.objective, Mapping) else self.objective
+        trains = objectives.fact(objective, "selector") if objective in objectives else None
+        selected = [self.selector, *(one.get("selector", self.selector) for one in self.branches or ())]
+        used = [one.get("name") if isinstance(one, Mapping) else one for one in selected]
+        if trains and trains not in used:
+            found.append(f"objective '{objective}' trains what is drawn: set selector: {{name: {trains}, k: ...}}")
         form = self.experts.get("form") if isinstance(self.experts, Mapping) else None
+        form = form.get("name") if isinstance(form, Mapping) else form
+        if not isinstance(self.per_site, bool):
+            found.append(f"per_site must be true or false, got {self.per_site!r}")
+        elif self.per_site and form == "block":
+            found.append("per_site does not go with experts.form: block: the layers of an MLP are one expert together")
+        elif self.per_site and (self.share == "site" or form == "module"):
+            found.append("per_site gives the layers of a shared decision their own gates: set share: block or model")
+        elif self.per_site and (self.experts.get("null") or self.experts.get("shared")):
+            found.append("per_site does not go with null or shared experts: set experts.null and experts.shared to 0")
         if form == "module" and self.share != "block":
             found.append(
                 f"experts.form 'module' chooses among the layers of a block: set share: block, not {self.share}"
             )
         return found
 
+    def selector_at(self, changes: Mapping[str, Any]) -> Spec:
+        """Return the selector with the changes of one entry of `layers`."""
+        spec = {"name": self.selector} if isinstance(self.selector, str) else dict(self.selector)
+        return {**spec, **changes} if changes else self.selector
+
     def has_schedules(self) -> bool:
         """Tell whether any number of this configuration follows training progress."""
-        specs = [spec for spec in (self.link, self.selector, *self.losses) if isinstance(spec, Mapping)]
-        return any(is_schedule(value) for spec in specs for value in spec.values())
+        own = [one[key] for one in self.branches or () for key in ("link", "selector") if key in one]
+        specs = [spec for spec in (self.link, self.selector, *self.losses, *own) if isinstance(spec, Mapping)]
+        used = [self.scorer, *(one["scorer"] for one in self.branches or () if "scorer" in one)]
+        follows = any(scorers.fact(split_spec(scorer)[0], "follows_progress", False) for scorer in used)
+        return follows or any(is_schedule(value) for spec in specs for value in spec.values())
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> MoloraConfig:
@@ -220,11 +279,18 @@ def _expert_problems(experts: Any, where: str, partial: bool) -> list[str]:
         return [f"{where} must be a mapping, got {experts!r}"]
     found = [f"{where} has no key '{key}'{did_you_mean(key, EXPERTS)}" for key in experts if key not in EXPERTS]
     full = experts if partial else {**EXPERTS, **experts}
-    forms = (*FORMS, "module")
-    if "form" in full and full["form"] not in forms:
-        found.append(f"{where}.form '{full['form']}' is unknown{did_you_mean(str(full['form']), forms)}")
+    if full.get("form", "module") not in ARRANGED:
+        form = full["form"]
+        name = form.get("name") if isinstance(form, Mapping) else form
+        if isinstance(name, str) and name not in (*forms, *ARRANGED):
+            found.append(f"{where}.form '{name}' is unknown{did_you_mean(name, (*forms, *ARRANGED))}")
+        else:
+            found += [f"{where}: {problem}" for problem in form_problems(form)]
     for key in ("num", "rank"):
         values = full.get(key, 1)
+        if key == "num" and isinstance(values, Mapping):
+            found += profile_problems(values, f"{where}.num")
+            continue
         values = values if isinstance(values, (list, tuple)) else [values]
         if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
             found.append(f"{where}.{key} must be a whole number >= 1, or a list of them, got {full[key]!r}")
@@ -232,6 +298,10 @@ def _expert_problems(experts: Any, where: str, partial: bool) -> list[str]:
         value = full.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             found.append(f"{where}.{key} must be a whole number >= 0, got {value!r}")
+    if full.get("pool", "none") not in POOLS:
+        found.append(f"{where}.pool {full['pool']!r} is unknown; known: {', '.join(POOLS)}")
+    elif full.get("pool", "none") != "none" and full.get("form", "lora") not in FORMS:
+        found.append(f"{where}.pool needs a form of stacked low-rank experts: {', '.join(FORMS)}")
     if full.get("shared_gate", "none") not in SHARED_GATES:
         found.append(f"{where}.shared_gate {full['shared_gate']!r} is unknown; known: {', '.join(SHARED_GATES)}")
     for key, may_be_negative in (("shared_weight", True), ("alpha", False), ("scaling", True)):
@@ -270,7 +340,7 @@ def _schedule_problems(spec: Any, kind: str) -> list[str]:
                 build_schedule(value)
             except ConfigError as error:
                 found.append(f"{kind}.{key}: {error}")
-            if kind in ("scorer", "pool", "feature"):
+            if kind in ("scorer", "pool", "feature", "objective"):
                 found.append(f"{kind}.{key} cannot follow a schedule; link and selector options and loss weights can")
     return found
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, did_you_mean, raise_all
 from .hooks import OWN_ARGUMENTS
-from .layers import RoutedLinear
+from .layers import RoutedLayer
 from .plan import Report
-from .routing.router import Router
+from .routing.edit import Edit
 from .routing.trace import Site, Trace, as_gates
 from .routing.types import Context, Routing
 from .tuner import MoloraModel
@@ -43,12 +43,12 @@ def report(model: nn.Module, adapter: str = "default") -> Report:
     return reports[adapter]
 
 
-def routed_layers(model: nn.Module, adapter: str = "default") -> dict[str, RoutedLinear]:
+def routed_layers(model: nn.Module, adapter: str = "default") -> dict[str, RoutedLayer]:
     """Return the routed layers of one adapter by the path of the layer in the base model."""
     layers = {
         module.sites[adapter].name: module
         for module in model.modules()
-        if isinstance(module, RoutedLinear) and adapter in module.sites
+        if isinstance(module, RoutedLayer) and adapter in module.sites
     }
     if not layers:
         raise ConfigError(f"adapter '{adapter}' is unknown; the model has: {', '.join(tuner_of(model).reports)}")
@@ -95,6 +95,27 @@ def pin(model: nn.Module, gates: Tensor | Mapping[str, Tensor]) -> Iterator[None
         trace.pins = before
 
 
+@contextmanager
+def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
+    """Let edits of `molora.routing.edit` (Boost, Steer, Forbid, Pin) act on every decision inside the block, in order.
+
+    Raises:
+        ConfigError: an edit names a layer that takes no decision.
+    """
+    trace = trace_of(model)
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    leaders = {site.name for layer in layers for site in layer.sites.values() if site.leads}
+    unknown = {name for one in edits for name in one.by_site or () if name not in leaders}
+    problems = [f"site '{name}' takes no decision{did_you_mean(name, leaders)}" for name in sorted(unknown)]
+    raise_all(problems, ConfigError, "these edits would do nothing")
+    before = trace.edits
+    trace.edits = [*before, *edits]
+    try:
+        yield
+    finally:
+        trace.edits = before
+
+
 def write_expert(
     model: nn.Module,
     slot: int,
@@ -119,7 +140,9 @@ def write_expert(
     """
     layers = routed_layers(model, adapter)
     problems = [f"layer '{path}' is not routed{did_you_mean(path, layers)}" for path in pairs if path not in layers]
-    banks = {path: layer.molora_bank[adapter] for path, layer in layers.items()}
+    # layers that decide nothing (outside of the MLPs under `form: block`) have one LoRA and no slot unless named
+    routed = {path: layer for path, layer in layers.items() if path in pairs or not layer.sites[adapter].fixed}
+    banks = {path: layer.molora_bank[adapter] for path, layer in routed.items()}
     for path, bank in banks.items():
         wrong = bank.why_not_write(slot, *pairs.get(path, (None, None)))
         problems += [f"layer '{path}': {wrong}"] if wrong else []
@@ -177,10 +200,12 @@ def set_progress(model: nn.Module, progress: float) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Move the prices of all routers by what they counted; call it after each optimizer step of your own loop.
+    """Move all that moves between steps: prices, the weights that controllers hold, running state of scorers.
 
-    `molora.attach(trainer)` does this for you, and saving an adapter does it too.
+    Call it after each optimizer step of your own loop; `molora.attach(trainer)` does this for you. Saving an adapter
+    moves prices too.
     """
-    for module in model.modules():
-        if isinstance(module, Router) and module.price is not None:
-            module.price.settle()
+    routers = [router for m in model.modules() if isinstance(m, RoutedLayer) for router in m.molora_router.values()]
+    for part in {id(part): part for router in routers for part in router.modules()}.values():
+        if hasattr(part, "settle"):
+            part.settle()

@@ -23,7 +23,7 @@ from .config import MoloraConfig, build_config
 from .control import routed_layers
 from .errors import ConfigError, LoadError, raise_all
 from .files import Contents, local_folder, look
-from .plan import regex_of, targets_of
+from .plan import form_of, regex_of, targets_of
 from .undo import undone_on_error
 from .wrapping import wrap
 
@@ -230,9 +230,9 @@ def _mixture_config(
             f"number, ranks, scales and layers of imported experts come from the LoRAs; leave out {', '.join(wrong)}"
         )
     config = build_config(recipe, changes)
-    if config.experts["form"] != "lora":
+    if form_of(config.experts) != "lora":
         raise ConfigError(
-            f"experts.form '{config.experts['form']}' cannot hold LoRAs as they are; use another recipe, or pass "
+            f"experts.form '{form_of(config.experts)}' cannot hold LoRAs as they are; use another recipe, or pass "
             "experts={'form': 'lora'}"
         )
     paths = sorted({path for lora in loras for path in lora.pairs})

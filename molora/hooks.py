@@ -7,6 +7,7 @@ auxiliary loss is added to the model's own loss with this micro-batch's token sh
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,12 +18,18 @@ from .compat import (
     add_output,
     checkpointing_is_on,
     encoder_of,
+    follow_rows,
     generates,
     is_encoder_decoder,
     labels_are_shifted,
+    looks_both_ways,
+    shifted_labels,
     tokens_in_cache,
+    use_eager_attention,
+    weights_of_attention,
 )
-from .errors import RoutingError
+from .errors import ConfigError, RoutingError
+from .routing.mixing import attention_key
 from .routing.trace import Pass, Trace
 from .routing.types import Context
 
@@ -48,10 +55,14 @@ class ForwardHooks:
         self.takes_pairs = is_encoder_decoder(model)
         self.shifted = labels_are_shifted(model)
         self.generates = generates(model)
+        self.both_ways = looks_both_ways(model)
         self.share: Tensor | float = 1.0
         self.prompt_length: int | None = None  # of the generate() that is running
+        self.prompt_rows: int | None = None
         self._own: dict[str, Any] = {}  # of the forward that is open
         self._grads_into_inputs = False
+        self._encoded_ids: Any = None  # the token ids that the encoder has read last
+        self.watches = False  # whether attention weights are kept
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True)
         encoder = encoder_of(model)
@@ -59,6 +70,36 @@ class ForwardHooks:
         if encoder:
             self.encoder_arguments = Arguments(encoder[1].forward)
             encoder[1].register_forward_pre_hook(self.before_encoder, with_kwargs=True)
+
+    def watch_attention(self, model: nn.Module, attentions: dict[str, nn.Module]) -> None:
+        """Keep the attention weights of every block for the routers that run after it, from now on.
+
+        Only eager attention gives them away, so the model is switched to it.
+
+        Args:
+            model: the base model.
+            attentions: its self-attention modules by the path of their block.
+        """
+        if self.watches:
+            return
+        if not attentions:
+            raise ConfigError(
+                f"{type(model).__name__} has no self-attention whose weights routers could read: use feature: "
+                "similarity, or another recipe"
+            )
+        use_eager_attention(model)
+        for block, module in attentions.items():
+            module.register_forward_hook(functools.partial(self._attended, attention_key(block)))
+        self.watches = True
+
+    def _attended(self, key: str, module: nn.Module, args: Any, output: Any) -> None:
+        weights = weights_of_attention(output)
+        if weights is None:
+            raise RoutingError(
+                f"routers need the attention weights of {type(module).__name__}, but it returned none; load the model "
+                'with attn_implementation="eager", or use feature: similarity'
+            )
+        self.trace.memory.now[key] = weights.float().mean(1)
 
     # --- before -----------------------------------------------------------------------------------------------------
 
@@ -78,7 +119,7 @@ class ForwardHooks:
         new.continuing = tokens_in_cache(new.cache) > 0
         labels = get(args, kwargs, "labels")
         if self.takes_pairs:
-            self._describe_pairs(new, args, kwargs, labels, own)
+            self._describe_pairs(module, new, args, kwargs, labels, own)
         else:
             tokens = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
             valid = _valid(get(args, kwargs, "attention_mask"), tokens)
@@ -103,18 +144,21 @@ class ForwardHooks:
         new.contexts[stack] = Context(
             valid=valid,
             prompt=None if prompt is None else prompt.bool(),
-            task_ids=own.get("task_ids"),
+            task_ids=self._by_beam(own.get("task_ids"), tokens),
             progress=self.trace.progress,
             training=new.collecting,
             token_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
-            expert_ids=_by_token(own.get("expert_ids")),
-            extra=_by_row(own.get("router_extra")),
+            expert_ids=_by_token(self._by_beam(own.get("expert_ids"), tokens)),
+            extra=_by_row(self._by_beam(own.get("router_extra"), tokens)),
             memory=new.memory,
+            causal=not (self.both_ways or stack == "cross"),
         )
         if tokens is not None:
             new.shape[stack] = tokens
 
-    def _describe_pairs(self, new: Pass, args: Any, kwargs: Any, labels: Any, own: dict[str, Any]) -> None:
+    def _describe_pairs(
+        self, module: nn.Module, new: Pass, args: Any, kwargs: Any, labels: Any, own: dict[str, Any]
+    ) -> None:
         get = self.arguments.get
         decoder_ids = get(args, kwargs, "decoder_input_ids", "decoder_inputs_embeds")
         # without decoder inputs the model makes them by shifting the labels
@@ -128,18 +172,23 @@ class ForwardHooks:
         if tokens is not None:
             prompt = torch.zeros(tokens, dtype=torch.bool, device=_device(decoder_ids, labels))
             prompt[:, 0] = True
+        if decoder_ids is None and isinstance(labels, Tensor):
+            decoder_ids = shifted_labels(module, labels)
         self._describe(new, "main", tokens, valid, prompt, own, decoder_ids)
         source = get(args, kwargs, "attention_mask")
         states = get(args, kwargs, "encoder_outputs")
         rows = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
         rows = rows or _shape(states[0] if states is not None else None, states[0] if states is not None else None)
-        self._describe(new, "cross", rows, _valid(source, rows), None, own)
+        ids = get(args, kwargs, "input_ids")
+        ids = ids if isinstance(ids, Tensor) else _repeated(self._encoded_ids, rows)
+        self._describe(new, "cross", rows, _valid(source, rows), None, own, ids)
 
     def before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the trace the mask of an encoder, which generate() runs before and outside of the model's forward."""
         get = self.encoder_arguments.get
         tokens = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
         ids = get(args, kwargs, "input_ids")
+        self._encoded_ids = ids  # generate() gives the decoder only what came of them
         context = Context(
             valid=_valid(get(args, kwargs, "attention_mask"), tokens),
             task_ids=(self._own or self.given).get("task_ids"),
@@ -149,9 +198,18 @@ class ForwardHooks:
             expert_ids=_by_token((self._own or self.given).get("expert_ids")),
             extra=_by_row((self._own or self.given).get("router_extra")),
             memory=self.trace.memory,
+            causal=False,
         )
         if tokens is not None:
             self.trace.amend("encoder", context, tokens)
+
+    def _by_beam(self, given: Any, tokens: tuple[int, ...] | None) -> Any:
+        """Repeat what was given per row of the prompt for the beams or samples of that row inside generate()."""
+        rows = self.prompt_rows
+        if not isinstance(given, Tensor) or not given.dim() or not rows or tokens is None or given.shape[0] != rows:
+            return given
+        beams, left = divmod(tokens[0], rows)
+        return given.repeat_interleave(beams, 0) if beams > 1 and not left else given
 
     def _token_share(self, labels: Any, total: Any) -> Tensor | float:
         """Return this micro-batch's part of the supervised tokens of the optimizer batch, counted as Trainer does."""
@@ -169,7 +227,10 @@ class ForwardHooks:
         """Add the auxiliary loss to the model's loss, report it, and close the pass."""
         collecting, self._own = self.trace.is_collecting, {}
         cache = getattr(outputs, "past_key_values", None)
-        self.trace.close(cache if cache is not None else getattr(outputs, "cache_params", None))
+        cache = cache if cache is not None else getattr(outputs, "cache_params", None)
+        self.trace.close(cache)
+        if cache is not None and any(plan.remembers for plan in self.trace.plans.values()):
+            follow_rows(cache, self.trace.reorder)
         if not collecting:
             return outputs
         aux = self.trace.aux
@@ -177,11 +238,12 @@ class ForwardHooks:
         if value is None:
             return outputs
         has_labels = self.arguments.get(args, kwargs, "labels") is not None
+        held = self.trace.is_holding
         if isinstance(outputs, tuple):
-            if has_labels and outputs and isinstance(outputs[0], Tensor):
+            if has_labels and not held and outputs and isinstance(outputs[0], Tensor):
                 return (aux.add_to(outputs[0], self.share), *outputs[1:])
             return outputs
-        if getattr(outputs, "loss", None) is not None:
+        if getattr(outputs, "loss", None) is not None and not held:
             outputs["loss"] = aux.add_to(outputs["loss"], self.share)
         add_output(outputs, "aux_loss", value)
         return outputs
@@ -212,6 +274,14 @@ def _prompt(labels: Any, tokens: tuple[int, int] | None, length: int | None) -> 
     if labels is None and length is not None and tokens[1] > length:
         return (torch.arange(tokens[1]) < length).expand(tokens)
     return None
+
+
+def _repeated(ids: Any, rows: tuple[int, ...] | None) -> Tensor | None:
+    """Return token ids (B, S) for encoder states of `rows` (n B, S), which generate() repeats n times for beams."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or rows is None or rows[0] % max(1, ids.shape[0]):
+        return None
+    ids = ids.repeat_interleave(rows[0] // max(1, ids.shape[0]), 0)
+    return ids if tuple(ids.shape) == tuple(rows) else None
 
 
 def _by_token(ids: Any) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from .checkpoint import peft_model_of
 from .config import MoloraConfig
 from .control import routed_layers
 from .errors import ConfigError, raise_all
-from .experts.bank import ExpertBank
 from .files import CARD, WEIGHTS, replacing
-from .layers import RoutedLinear
-from .plan import targets_of
+from .embeddings import RoutedEmbedding
+from .layers import RoutedLayer
+from .plan import form_of, targets_of
 
 PREFIX = "base_model.model."  # PEFT puts it before every tensor name
 
@@ -37,8 +37,8 @@ def export_peft(
 ) -> Path:
     """Write one expert, or a mixture with fixed gates, as a plain LoRA that any PEFT loads, without molora.
 
-    A mixture becomes one LoRA whose rank is the sum of its experts' ranks (of one expert with form `shared_a`), which
-    is exact. With form `module`, expert i is the i-th routed layer of each block.
+    A mixture becomes one LoRA whose rank is the sum of its experts' ranks (of one expert with forms that share A, or
+    average their factors), which is exact; forms with an activation, and `ia3`, are no LoRA and are refused. With form `module`, expert i is the i-th routed layer of each block.
 
     Args:
         model: a wrapped model.
@@ -62,11 +62,13 @@ def export_peft(
     weights = _gates_by_layer(layers, adapter, expert, gates, config.experts)
     pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
     for site, layer in layers.items():
-        if any(weights[site]):
-            pairs[site] = _mixed_pair(layer.molora_bank[adapter], weights[site])
+        bank = layer.molora_bank[adapter]
+        if any(weights[site]) or not bank.rests_at_zero:
+            pairs[site] = (*bank.mixed(torch.tensor(weights[site])), bank.scaling)
     if not pairs:
         raise ConfigError("all gates are 0, so there is nothing to export")
-    tensors, shapes = _factors(pairs)
+    tables = {path for path, layer in layers.items() if isinstance(layer, RoutedEmbedding)}
+    tensors, shapes = _factors(pairs, tables)
     saved = get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
     tensors.update({key: value for key, value in saved.items() if "molora_" not in key})  # whole modules, as they are
     lora = _lora_config(shapes, peft_model.get_base_model(), config)
@@ -80,7 +82,7 @@ def export_peft(
 
 
 def _gates_by_layer(
-    layers: Mapping[str, RoutedLinear], adapter: str, expert: Any, gates: Any, experts: Mapping[str, Any]
+    layers: Mapping[str, RoutedLayer], adapter: str, expert: Any, gates: Any, experts: Mapping[str, Any]
 ) -> dict[str, list[float]]:
     """Return the gates of the experts inside the bank of each layer; lists every layer that they do not fit."""
     if isinstance(expert, str):
@@ -91,12 +93,14 @@ def _gates_by_layer(
     if isinstance(gates, Mapping) and set(gates) != set(layers):
         wrong = sorted(set(gates) ^ set(layers))
         raise ConfigError(f"gates must name every routed layer and no other; missing or unknown: {', '.join(wrong)}")
-    by_module = experts["form"] == "module"
+    by_module = form_of(experts) == "module"
     members = Counter(layer.sites[adapter].group for layer in layers.values())
     found, problems = {}, []
     for path, layer in layers.items():
         site, bank = layer.sites[adapter], layer.molora_bank[adapter]
         count = members[site.group] if by_module else bank.num_experts
+        if gates is not None and bank.splits > 1 and _number_of(gates, path) == bank.num_gates:
+            count = bank.num_gates  # gates for each block, or each step; otherwise they hold for all alike
         if by_module and expert is not None:
             count = max(members.values())  # smaller blocks, or layers outside of any, just have no such layer
         if expert is not None:
@@ -105,6 +109,10 @@ def _gates_by_layer(
         else:
             values = torch.as_tensor(gates[path] if isinstance(gates, Mapping) else gates).double().flatten().tolist()
             fits = len(values) == count and all(math.isfinite(value) for value in values)
+        if site.fixed:  # one LoRA that always acts, whatever the gates are elsewhere
+            values, fits = [1.0], True
+        if adapter in layer.roles and fits and sorted(values)[-1:] + [sum(map(abs, values))] != [1.0, 1.0]:
+            problems.append(f"layer '{path}': a mixture of whole MLP blocks is no LoRA; export one expert of it")
         if not fits:
             given = f"there is no expert {expert}" if expert is not None else f"gates {values} do not fit"
             problems.append(f"layer '{path}' has {count} experts, {given}")
@@ -113,25 +121,27 @@ def _gates_by_layer(
     return found
 
 
-def _mixed_pair(bank: ExpertBank, gates: Sequence[float]) -> tuple[Tensor, Tensor, float]:
-    """Return A (r, d_in), B (d_out, r) and the scale of `scale * B A = scaling * sum_e g_e B_e A_e`."""
-    used = [(gate, *bank.pair(number)) for number, gate in enumerate(gates) if gate != 0]
-    if bank.form == "shared_a":
-        return used[0][1], sum(B * gate for gate, _, B in used), bank.scaling
-    return torch.cat([A for _, A, _ in used]), torch.cat([B * gate for gate, _, B in used], 1), bank.scaling
+def _number_of(gates: Any, path: str) -> int:
+    return torch.as_tensor(gates[path] if isinstance(gates, Mapping) else gates).numel()
 
 
 def _factors(
     pairs: Mapping[str, tuple[Tensor, Tensor, float]],
+    tables: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
-    """Return the tensors of a LoRA file, and (rank, alpha) by layer, so that PEFT's alpha / rank is the exact scale."""
+    """Return the tensors of a LoRA file, and (rank, alpha) by layer, so that PEFT's alpha / rank is the exact scale.
+
+    `tables` are the paths of embeddings, whose factors have other names in PEFT.
+    """
     tensors, shapes = {}, {}
     for path, (A, B, scale) in pairs.items():
         rank = A.shape[0]
         alpha = scale * rank
         if alpha / rank != scale:  # no alpha gives this scale: let it be 1 and fold it into B
             alpha, B = float(rank), B * scale
-        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
+        names = ("lora_embedding_A", "lora_embedding_B") if path in tables else ("lora_A.weight", "lora_B.weight")
+        for name, factor in zip(names, (A, B), strict=True):
+            tensors[f"{PREFIX}{path}.{name}"] = factor
         shapes[path] = (rank, int(alpha) if alpha == int(alpha) else alpha)
     return tensors, shapes
 

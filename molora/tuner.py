@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from . import compat
+from . import compat, sites
 from .config import MoloraConfig
 from .errors import ConfigError, LoadError, raise_all
-from .experts.bank import ExpertBank
+from .experts.pool import Pools
 from .fingerprint import differences, of_model
 from .hooks import OWN_ARGUMENTS, TASK_IDS, ForwardHooks
-from .layers import RoutedLinear
-from .plan import Report, depth_of, experts_at, place_of, ranks_of, scaling_of
-from .routing.features import Place, remember
+from .layers import RoutedLayer, RoutedLinear
+from .plan import Report, changes_at, depth_of, experts_at, form_of, place_of
+from .routing.branches import Branches
+from .routing.features import Place, attend, remember
 from .routing.losses import WeightedLoss
+from .routing.objectives import build_objective
 from .routing.router import Router
 from .routing.trace import Plan, Site, Trace
 from .undo import Snapshot
@@ -38,7 +40,7 @@ class MoloraModel(BaseTuner):
     """
 
     prefix: str = compat.PREFIX
-    tuner_layer_cls = RoutedLinear
+    tuner_layer_cls = RoutedLayer
     target_module_mapping: dict[str, list[str]] = {}
 
     # --- injection --------------------------------------------------------------------------------------------------
@@ -60,6 +62,10 @@ class MoloraModel(BaseTuner):
                 self.reports: dict[str, Report] = {}
             self.reports[adapter_name] = Report()
             self._depth = depth_of([name for name, _ in model.named_modules()])
+            self._blocks, self._fixed, self._pools = sites.Blocks(model), set(), Pools()
+            if config.native_experts and config.target_modules == "all-linear":
+                native = sites.native_paths(model)
+                config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules | set(native)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
                 self._plan_decisions(model, adapter_name, config)
@@ -97,29 +103,35 @@ class MoloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         report = self.reports[adapter_name]
-        sizes = compat.linear_sizes(target)
-        reason = compat.why_bypassed(self.model, target_name)
-        if sizes is None or reason:
-            report.skipped[current_key] = reason or f"{type(target).__name__} is not a linear layer"
-            return
         spec = experts_at(current_key, peft_config.experts, peft_config.layers, self._depth)
-        bank = ExpertBank(
-            *sizes,
-            ranks_of(spec),
-            form="lora" if spec["form"] == "module" else spec["form"],
-            scaling=scaling_of(spec),
-            dropout=spec["dropout"],
-            frozen=spec["frozen"],
-            init=spec["init"],
-        )
+        reason = compat.why_bypassed(self.model, target_name) or sites.why_not(target, spec)
+        if reason:
+            report.skipped[current_key] = reason
+            return
+        if form_of(spec) == "block" and current_key in self._blocks.of:
+            self._blocks.used.add(current_key)
+        elif form_of(spec) == "block":
+            spec = sites.alone(spec)
+            report.plain.append(current_key)
+        if current_key in report.plain or sites.is_fixed(target, spec):
+            self._fixed.add(current_key)
+        place = place_of(current_key)
+        kind = spec["pool"] if place.index is not None else "none"
+        bank = self._pools.join(sites.bank_for(target, spec), kind, place.stack, target_name)
         report.wrapped.append(current_key)
-        if isinstance(target, RoutedLinear):
+        if isinstance(target, RoutedLayer):
             target.add(adapter_name, bank)
             return
-        layer = RoutedLinear(target, *sizes, self.trace, peft_config.upcast_base)
+        layer = sites.layer_for(target, self.trace, peft_config.upcast_base)
         layer.add(adapter_name, bank)
         layer.requires_grad_(False)  # PEFT switches the active adapters on afterwards
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if getattr(child, "base_layer", None) is new_module:  # PEFT would look for a `.weight` of native experts
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """Do nothing: PEFT's guard for Mamba knows only LoRA-like types, and refuses where we skip and report."""
@@ -130,7 +142,7 @@ class MoloraModel(BaseTuner):
         layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, RoutedLinear) and adapter_name in module.molora_bank
+            if isinstance(module, RoutedLayer) and adapter_name in module.molora_bank
         }
         if not layers:
             skipped = "; ".join(f"{path}: {why}" for path, why in self.reports[adapter_name].skipped.items())
@@ -140,26 +152,56 @@ class MoloraModel(BaseTuner):
                 + "; name layers such as 'q_proj', or use 'all-linear'"
             )
         groups: dict[str, list[str]] = {}
+        self._blocks.assign(adapter_name, layers)
+        plain = self.reports[adapter_name].plain
+        if plain and not self._blocks.used:
+            raise ConfigError(
+                f"experts.form: block found no MLP block among the targets ({len(plain)} other layers, such as "
+                f"'{plain[0]}'), so there is nothing to route; target the layers of MLPs, or use form: lora"
+            )
         for name in layers:
+            if name in self._fixed:
+                group, stack = f"{adapter_name}:fixed:{name}", compat.stack_of(name, self.hooks.encoder_path)
+                layers[name].sites[adapter_name] = Site(name, adapter_name, group, stack=stack, sparse=True, fixed=True)
+                continue
             groups.setdefault(self._group_of(adapter_name, name, config.share), []).append(name)
+        for members in groups.values():
+            members.sort(key=lambda name: not self._blocks.leads(name))  # a block decides where it reads its input
         before: dict[str, str] = {}  # the group that comes last so far, by stack
         scorers: dict[tuple[int, int], nn.Module] = {}
+        lenders: dict[int, nn.Module] = {}  # selectors that share what they learn, by the size they read
+        routers: list[Router] = []
         for group, members in groups.items():
             stack = compat.stack_of(members[0], self.hooks.encoder_path)
-            place = Place(group, before.get(stack))
+            block = "" if stack == "cross" else place_of(members[0]).block  # cross: it reads what the encoder attends
+            place = Place(group, before.get(stack), compat.vocabulary_of(self.model), block, len(routers), len(groups))
             before[stack] = group
             router = self._plan_group(group, members, layers, adapter_name, config, place)
+            routers.append(router)
             if config.weights == "shared":
-                sizes = (layers[members[0]].d_in, router.num_experts)
+                sizes = (layers[members[0]].d_in, router.num_experts * router.splits)
                 if sizes in scorers:
                     router.borrow(scorers[sizes])
                 else:
                     scorers[sizes] = router.scorer
+            for at, feature in enumerate(router.feature):
+                if hasattr(feature, "borrow") and len(routers) > 1:
+                    feature.borrow(routers[0].feature[at])
+            if getattr(router.selector, "sharing", False):
+                lender = lenders.setdefault(router.selector.dim, router.selector)
+                if lender is not router.selector:
+                    router.selector.borrow(lender)
+        if attend(config.feature):
+            attentions = {place_of(path): module for path, module in compat.self_attentions(model).items()}
+            in_blocks = {place.block: module for place, module in attentions.items() if place.index is not None}
+            self.hooks.watch_attention(model, in_blocks)
         self.trace.plans[adapter_name] = Plan(
-            losses=[WeightedLoss(loss) for loss in config.losses],
+            losses=_place_losses(config, routers),
             decisions=len(groups),
-            by_prompt=config.granularity == "prompt",
-            remembers=remember(config.feature),
+            by_prompt=any(router.granularity == "prompt" for router in routers),
+            remembers=remember(config.feature) or any(getattr(router, "remembers", False) for router in routers),
+            draws=any(router.draws for router in routers),
+            objective=build_objective(config.objective),
             scheduled=config.has_schedules(),
             sites=set(layers),
         )
@@ -169,6 +211,8 @@ class MoloraModel(BaseTuner):
         place = place_of(name)
         if place.index is None:  # layers outside of the blocks (poolers, heads) see other inputs and decide alone
             share = "site"
+        if name in self._blocks.used and share in ("site", "group"):
+            share, name = "site", self._blocks.of[name]
         parent, _, leaf = name.rpartition(".")
         family = compat.input_family(leaf)
         if share == "group" and family is None:
@@ -181,24 +225,31 @@ class MoloraModel(BaseTuner):
         self,
         group: str,
         members: list[str],
-        layers: dict[str, RoutedLinear],
+        layers: dict[str, RoutedLayer],
         adapter_name: str,
         config: MoloraConfig,
         place: Place,
     ) -> Router:
         experts = config.experts
-        by_module = experts["form"] == "module"
+        by_module = form_of(experts) == "module"
         counts = {layers[name].molora_bank[adapter_name].num_experts - experts["shared"] for name in members}
         counts = {len(members)} if by_module else counts
-        if len(counts) > 1:
-            raise ConfigError(f"layers of group '{group}' share a decision but have {sorted(counts)} experts")
+        splits = {layers[name].molora_bank[adapter_name].splits for name in members}
+        if len(counts) > 1 or len(splits) > 1:
+            what = f"{sorted(counts)} experts" if len(counts) > 1 else f"experts that take {sorted(splits)} gates"
+            raise ConfigError(f"layers of group '{group}' share a decision but have {what}")
+        num, parts = counts.pop(), len(members) if config.per_site else 1
+        if parts > 1 and splits != {1}:
+            raise ConfigError(f"per_site cannot decide for experts that take {max(splits)} gates each")
         leader = layers[members[0]]
-        router = Router(
-            leader.d_in,
-            counts.pop(),
+        kind, own = (Router, {}) if config.branches is None else (Branches, {"branches": config.branches, "mix": config.mix})
+        router = kind(
+            leader.d_read,
+            num,
+            **own,
             scorer=config.scorer,
             link=config.link,
-            selector=config.selector,
+            selector=config.selector_at(changes_at(members[0], config.layers, "selector")),
             price=config.price,
             granularity=config.granularity,
             pool=config.pool,
@@ -209,7 +260,15 @@ class MoloraModel(BaseTuner):
             else None,
             weights=config.weights,
             place=place,
+            splits=splits.pop() * parts,
         )
+        is_plain = isinstance(leader, RoutedLinear) and not self._blocks.used.intersection(members)
+        is_plain = is_plain and leader.molora_bank[adapter_name].in_kernels
+        if router.edits_input and (config.share not in ("site", "group") or not is_plain):
+            raise ConfigError(
+                "this scorer changes what the experts read, which layers of other inputs cannot share and only LoRA "
+                "experts can take; set share: site (or group) and experts.form: lora"
+            )
         router.reads(leader.molora_bank[adapter_name])
         leader.molora_router[adapter_name] = router
         leader._move_adapter_to_device_of_base_layer(adapter_name)
@@ -224,6 +283,8 @@ class MoloraModel(BaseTuner):
                 leads=position == 0,
                 stack=compat.stack_of(name, self.hooks.encoder_path),
                 column=position if by_module else None,
+                part=(position, num) if parts > 1 else None,
+                edits=router.edits_input,
                 sparse=router.sparse,
             )
         return router
@@ -233,8 +294,18 @@ class MoloraModel(BaseTuner):
         for name, module in model.named_modules():
             if "molora_" in name or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
                 continue
+            path = name.replace(".base_layer", "")
+            if path in report.wrapped or path in report.skipped:
+                continue
             if any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)):
-                report.skipped[name] = f"3-D expert parameters of {type(module).__name__} are not supported yet"
+                what = f"3-D expert parameters of {type(module).__name__} were not asked for"
+                known = sites.kind_of(module) == "native"
+                report.skipped[path] = (
+                    f"{what}; native_experts: true (with all-linear) or '{path.rpartition('.')[2]}' in target_modules "
+                    "gives each native expert LoRAs"
+                    if known
+                    else sites.why_not(module, config.experts) or what
+                )
         report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         report.total = sum(p.numel() for p in model.parameters())
         logger.info("%s", report)
@@ -252,15 +323,16 @@ class MoloraModel(BaseTuner):
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
         if kwargs.get(TASK_IDS) is not None:
             own["task_ids"] = kwargs[TASK_IDS]
-        before = (self.hooks.given, self.hooks.prompt_length)
+        before = (self.hooks.given, self.hooks.prompt_length, self.hooks.prompt_rows)
         self.hooks.given = {**before[0], **own}
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            self.hooks.prompt_length = ids.shape[1]  # generate() without a cache feeds its own output back
+            # generate() without a cache feeds its own output back, and runs several beams per row
+            self.hooks.prompt_rows, self.hooks.prompt_length = ids.shape
         try:
             yield
         finally:
-            self.hooks.given, self.hooks.prompt_length = before
+            self.hooks.given, self.hooks.prompt_length, self.hooks.prompt_rows = before
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Do nothing: banks and routers are float32 from the start, whatever the base."""
@@ -268,7 +340,7 @@ class MoloraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         problems = set()
         for module in self.model.modules():
-            if not isinstance(module, RoutedLinear):
+            if not isinstance(module, RoutedLayer):
                 continue
             for adapter in module.active_adapters:
                 if adapter in module.molora_bank:
@@ -276,8 +348,12 @@ class MoloraModel(BaseTuner):
                         module.constant_gates(adapter)
                     except Exception:
                         problems.add(f"adapter '{adapter}' routes by its input, so no fixed weight equals it")
-            if type(module.get_base_layer()) not in compat.PLAIN_LINEARS:
-                problems.add(f"the base layers are {type(module.get_base_layer()).__name__}: merging would round twice")
+                    if not module.molora_bank[adapter].is_lora:
+                        form = module.molora_bank[adapter].form
+                        problems.add(f"experts of form '{form}' are no change of the base weight")
+            refused = module.why_not_merge(self.model)
+            if refused:
+                problems.add(refused)
         if problems:
             raise ConfigError(
                 "cannot merge: " + "; ".join(sorted(problems)) + ". Instead export one expert with "
@@ -289,7 +365,7 @@ class MoloraModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's own rule looks only at the end of the key, but routers nest deeper.
-        for container in RoutedLinear.adapter_layer_names:
+        for container in RoutedLayer.adapter_layer_names:
             key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
         return key
 
@@ -307,7 +383,7 @@ class MoloraModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, Router) and module.price is not None:
                 module.price.settle()  # in place: the state dict holds the same tensors
-        parts = tuple(f".{container}.{adapter_name}." for container in RoutedLinear.adapter_layer_names)
+        parts = tuple(f".{container}.{adapter_name}." for container in RoutedLayer.adapter_layer_names)
         return {key: value for key, value in state_dict.items() if any(part in key for part in parts)}
 
     @classmethod
@@ -319,7 +395,7 @@ class MoloraModel(BaseTuner):
         def short(key: str) -> str:
             return cls._remove_adapter_name_from_key(key, adapter_name).removeprefix("base_model.model.")
 
-        parts = tuple(f".{container}.{adapter_name}." for container in RoutedLinear.adapter_layer_names)
+        parts = tuple(f".{container}.{adapter_name}." for container in RoutedLayer.adapter_layer_names)
         state = model.state_dict()
         expected = {short(key): key for key in state if any(part in key for part in parts)}
         # PEFT has put the names of whole saved modules in order before; it also saves resized embeddings
@@ -338,6 +414,21 @@ class MoloraModel(BaseTuner):
         return {known[key]: value for key, value in given.items()}
 
 
+def _place_losses(config: MoloraConfig, routers: list[Router]) -> list[WeightedLoss]:
+    """Build the losses of an adapter; their controllers go into its first router, which saves and copies them.
+
+    Raises:
+        ConfigError: a loss cannot work with the routers or the experts of this configuration.
+    """
+    losses = [WeightedLoss(loss) for loss in config.losses]
+    problems = {problem for loss in losses for router in routers if (problem := loss.why_not(router)) is not None}
+    raise_all(sorted(problems), ConfigError, "these losses cannot work with this adapter")
+    for position, loss in enumerate(losses):
+        if loss.controller is not None and routers:
+            routers[0].add_controller(position, loss.controller)
+    return losses
+
+
 def check_adapter_name(model: nn.Module, name: str) -> None:
     """Raise ConfigError for an adapter name that could be mistaken for a part of a module path.
 
@@ -345,9 +436,9 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     it drop tensors of other adapters when saving.
     """
     segments = {segment for path, _ in model.named_modules() for segment in path.split(".")}
-    segments -= {n for m in model.modules() if isinstance(m, RoutedLinear) for n in m.molora_bank}
-    segments |= {"A", "Bt", "weight", "bias", "base_layer", "scorer", "price", *RoutedLinear.adapter_layer_names}
-    segments |= {"pool", "link", "selector", "value", "model", "base_model", "original_module", "modules_to_save"}
+    segments -= {n for m in model.modules() if isinstance(m, RoutedLayer) for n in m.molora_bank}
+    segments |= {"A", "Bt", "weight", "bias", "base_layer", "scorer", "price", *RoutedLayer.adapter_layer_names}
+    segments |= {"pool", "link", "selector", "value", "controllers", "model", "base_model", "original_module", "modules_to_save"}
     if not name or "." in name or name in segments or name.startswith(compat.PREFIX):
         raise ConfigError(
             f"adapter name '{name}' is not safe: it is empty, holds a dot, or equals a part of this model's module "

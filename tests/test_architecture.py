@@ -24,7 +24,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
     "undo": (set(), {"torch"}, "puts modules back as they were"),
     "kernels": ({"errors"}, {"torch", "triton"}, "the routed product and its faster twins; triton only where a GPU is"),
     "routing": ({"errors", "registry"}, {"torch"}, "how gates are made"),
-    "experts": ({"errors", "kernels"}, {"torch"}, "what gates multiply"),
+    "experts": ({"errors", "registry", "kernels"}, {"torch"}, "what gates multiply, each form by its name"),
     "files": ({"errors"}, {"torch", "safetensors", "huggingface_hub"}, "reads adapters from disk or from the Hub"),
     "compat": (set(), {"torch", "peft", "transformers", "bitsandbytes"}, "the one place that knows others' internals"),
     "config": (
@@ -32,14 +32,26 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         {"peft", "yaml"},
         "MoloraConfig is a PeftConfig, and a recipe is YAML; checks every component by its registry",
     ),
+    "blocks": ({"errors", "kernels"}, {"torch"}, "rows of (token, expert) pairs through an MLP"),
     "layers": (
-        {"errors", "compat", "routing", "experts", "kernels"},
+        {"errors", "blocks", "compat", "routing", "experts", "kernels"},
         {"torch", "peft"},
         "RoutedLinear is a BaseTunerLayer; kernels, to run base and experts in one call",
     ),
+    "embeddings": ({"errors", "experts", "kernels", "layers"}, {"torch"}, "a routed lookup"),
+    "native_experts": (
+        {"errors", "compat", "experts", "kernels", "layers", "routing"},
+        {"torch"},
+        "LoRAs on stacked native experts",
+    ),
+    "sites": (
+        {"errors", "plan", "compat", "config", "blocks", "experts", "layers", "embeddings", "native_experts", "routing"},
+        {"torch"},
+        "which routed layer a module becomes",
+    ),
     "hooks": ({"errors", "compat", "routing"}, {"torch"}, "surrounds the forward of a base model"),
     "tuner": (
-        {"errors", "plan", "fingerprint", "undo", "compat", "config", "layers", "hooks", "routing", "experts"},
+        {"errors", "plan", "fingerprint", "undo", "compat", "config", "layers", "hooks", "routing", "experts", "sites"},
         {"torch", "peft", "accelerate"},
         "MoloraModel is a BaseTuner; accelerate, to build on the meta device as PEFT does",
     ),
@@ -50,13 +62,18 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         {"torch", "peft"},
         "loads through PEFT's own layout",
     ),
+    "growth": (
+        {"errors", "plan", "undo", "config", "control", "experts", "layers", "routing"},
+        {"torch"},
+        "changes a mixture that is there: more experts, new tasks",
+    ),
     "from_peft": (
         {"errors", "plan", "compat", "config", "control", "files", "undo", "wrapping"},
         {"torch", "peft"},
         "reads LoraConfig and LoRA tensors",
     ),
     "to_peft": (
-        {"errors", "plan", "compat", "config", "control", "checkpoint", "files", "layers", "experts"},
+        {"errors", "plan", "compat", "config", "control", "checkpoint", "files", "layers", "embeddings"},
         {"torch", "peft", "safetensors"},
         "writes LoraConfig and LoRA tensors",
     ),
@@ -77,7 +94,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
     ),
     "cli": ({"errors", "commands"}, set(), "parse, call, print; quick, so it imports the rest only when needed"),
     "__init__": (
-        {"errors", "kernels", "config", "control", "checkpoint", "wrapping", "from_peft", "to_peft", "train"},
+        {"errors", "kernels", "config", "control", "checkpoint", "wrapping", "growth", "from_peft", "to_peft", "train"},
         set(),
         "the public names, nothing else",
     ),

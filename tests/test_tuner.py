@@ -173,9 +173,9 @@ def test_transformers_native_adapter_calls(tmp_path):
 def test_report_names_what_was_skipped():
     report = molora.report(molora.wrap(tiny_qwen3_moe(), RECIPE))
     assert any("3-D expert parameters" in why for why in report.skipped.values())
-    report = molora.report(molora.wrap(tiny_llama(), RECIPE, target_modules=["q_proj", "embed_tokens"]))
-    assert report.skipped == {"model.embed_tokens": "Embedding is not a linear layer"}
-    assert "skipped model.embed_tokens" in str(report)
+    report = molora.report(molora.wrap(tiny_llama(), RECIPE, target_modules=["q_proj", "norm"]))
+    assert report.skipped == {"model.norm": "LlamaRMSNorm is not a linear layer"}
+    assert "skipped model.norm" in str(report)
 
 
 def test_layers_that_are_never_called_are_named():
@@ -205,7 +205,7 @@ def test_wrapping_nothing_is_an_error_and_leaves_the_model_alone():
     with pytest.raises(ValueError, match="nope"):
         molora.wrap(base, RECIPE, target_modules=["nope"])
     with pytest.raises(molora.ConfigError, match="nothing was wrapped"):
-        molora.wrap(base, RECIPE, target_modules=["embed_tokens"])
+        molora.wrap(base, RECIPE, target_modules=["norm"])
     assert [name for name, _ in base.named_modules()] == names
     assert molora.report(molora.wrap(base, RECIPE)).wrapped
 

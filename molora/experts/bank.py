@@ -6,14 +6,14 @@ B is stored transposed, as the parameter `Bt` (R, d_out): then the ranks of one 
 that few active experts are read, and one slot is written, without touching the others.
 
 Three forms fill the same stack: `lora` (one low-rank pair per expert; `spread` repeats each gate over its ranks),
-`rank` (every rank is an expert; `spread` is the identity) and `shared_a` (one A for all, one B per expert).
+`rank` (every rank is an expert; `spread` is the identity) and `shared_a` (one A for all, one B per expert). The forms
+of factor.py read it in other ways.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,14 @@ from ..kernels.choose import add_delta
 from ..kernels.dense import dense, dense_shared
 from ..kernels.fused import full_precision
 from ..kernels.layout import Layout
+from .base import GIVEN, Experts, equal_rank, forms, init_down
+from .merge import product_merge
 
-FORMS = ("lora", "rank", "shared_a")
+FORMS = ("lora", "rank", "shared_a")  # of this bank; `forms` in base.py knows every form
 
 
-class ExpertBank(nn.Module):
-    """Stacked low-rank experts of one site.
+class ExpertBank(Experts):
+    """Stacked low-rank experts of one site, whose outputs the gates weigh.
 
     Args:
         d_in, d_out: sizes of the base layer.
@@ -45,6 +47,9 @@ class ExpertBank(nn.Module):
         ConfigError: the arguments contradict each other.
     """
 
+    in_kernels = True
+    is_lora = True
+
     def __init__(
         self,
         d_in: int,
@@ -57,15 +62,11 @@ class ExpertBank(nn.Module):
         frozen: Sequence[int] | Literal["all"] = (),
         init: str | float = "kaiming",
     ) -> None:
-        super().__init__()
-        self.d_in, self.d_out, self.form, self.scaling = d_in, d_out, form, float(scaling)
-        self.ranks = tuple(int(rank) for rank in ranks)
-        self.all_frozen = frozen == "all"
-        self.frozen = () if frozen == "all" else tuple(sorted(set(frozen)))
-        _check(self.ranks, form, dropout, self.frozen)
-        if self.scaling == 0:
-            raise ConfigError("experts.scaling must not be 0: the experts would never act")
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        if self.in_kernels and form not in FORMS:
+            raise ConfigError(f"experts.form {form!r} is unknown; known: {', '.join(FORMS)}")
+        self.one_pair = form == "shared_a"
+        super().__init__(d_in, d_out, ranks, form=form, scaling=scaling, dropout=dropout, frozen=frozen)
+        _check(self.ranks, form)
         self.layout = Layout(self.ranks, form == "shared_a", self.scaling)
         self._live = [e for e in range(self.num_experts) if e not in self.frozen]
         self.A, self.Bt = self._new(self._live, init)
@@ -78,13 +79,7 @@ class ExpertBank(nn.Module):
         width = sum(self.ranks[e] for e in experts)
         A = nn.Parameter(torch.empty(self.ranks[0] if self.form == "shared_a" else width, self.d_in))
         Bt = nn.Parameter(torch.zeros(width, self.d_out))
-        if init == "kaiming":
-            # the bound depends on d_in only, so one call over the stack equals one per expert
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        elif isinstance(init, (int, float)) and not isinstance(init, bool) and init > 0:
-            nn.init.normal_(A, std=float(init))
-        else:
-            raise ConfigError(f"experts.init {init!r} is unknown; write 'kaiming' or a standard deviation like 0.02")
+        init_down(A, init)
         return A, Bt
 
     def _stack_order(self) -> list[int] | None:
@@ -98,24 +93,13 @@ class ExpertBank(nn.Module):
         return [start[e] + i for e in range(self.num_experts) for i in range(self.ranks[e])]
 
     @property
-    def num_experts(self) -> int:
-        """The number of experts E."""
-        return len(self.ranks)
-
-    @property
     def B(self) -> Tensor:
         """The trainable up-projections (d_out, R), a view of the parameter `Bt`."""
         return self.Bt.t()
 
-    @property
-    def drops(self) -> bool:
-        """Whether dropout acts on the input of the experts now."""
-        return self.dropout is not None and self.training
-
     def freeze(self) -> None:
         """Make sure that frozen experts are not trainable; PEFT switches all parameters on with its adapters."""
-        if self.all_frozen:
-            self.requires_grad_(False)
+        super().freeze()
         if self.frozen_A is not None and self.frozen_Bt is not None:
             self.frozen_A.requires_grad_(False)
             self.frozen_Bt.requires_grad_(False)
@@ -173,6 +157,20 @@ class ExpertBank(nn.Module):
         ranks = slice(start, start + self.ranks[expert])
         A = A if self.form == "shared_a" else A[ranks]
         return A.detach().clone(), B[:, ranks].detach().clone()
+
+    def mixed(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (R', d_in) and B (d_out, R') of the LoRA that the experts are under constant gates (E,), unscaled.
+
+        Experts whose gate is 0 are left out; with one shared A the rank stays r.
+        """
+        values = gates.flatten().tolist()
+        used = [(gate, *self.pair(number)) for number, gate in enumerate(values) if gate != 0]
+        if not used:
+            A, B = self.pair(0)
+            return A, B * 0
+        if self.form == "shared_a":
+            return used[0][1], sum(B * gate for gate, _, B in used)
+        return product_merge([(A, B) for _, A, B in used], [gate for gate, _, _ in used])
 
     @torch.no_grad()
     def write(self, slot: int, A: Tensor, B: Tensor, scale: float = 1.0) -> None:
@@ -247,21 +245,26 @@ class ExpertBank(nn.Module):
         self.Bt.copy_(self.Bt[rows])
 
 
-def _check(ranks: tuple[int, ...], form: str, dropout: float, frozen: Sequence[int]) -> None:
-    if form not in FORMS:
-        raise ConfigError(f"experts.form {form!r} is unknown; known: {', '.join(FORMS)}")
-    if not ranks or min(ranks) < 1:
-        raise ConfigError(f"experts need at least one expert of rank >= 1, got ranks {list(ranks)}")
+def _check(ranks: tuple[int, ...], form: str) -> None:
     if form == "rank" and set(ranks) != {1}:
         raise ConfigError(f"form 'rank' makes every rank an expert: set rank: 1 and num: <total rank>, got {ranks[0]}")
-    if form == "shared_a" and len(set(ranks)) > 1:
-        raise ConfigError(f"form 'shared_a' needs one rank for all experts, got {sorted(set(ranks))}")
-    if form == "shared_a" and frozen:
-        raise ConfigError("form 'shared_a' cannot freeze single experts, since they share A")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"experts.dropout must be in [0, 1), got {dropout}")
-    wrong = [e for e in frozen if not 0 <= e < len(ranks)]
-    if wrong:
-        raise ConfigError(f"experts.frozen names {wrong}, but there are experts 0 to {len(ranks) - 1}")
-    if frozen and len(set(frozen)) == len(ranks):
-        raise ConfigError("experts.frozen names every expert; write frozen: all")
+    if form == "shared_a":
+        equal_rank(form, ranks)
+
+
+@forms.register("lora", given=GIVEN)
+def lora(*sizes: Any, **given: Any) -> ExpertBank:
+    """One low-rank pair per expert; the gates weigh their outputs."""
+    return ExpertBank(*sizes, **given)
+
+
+@forms.register("rank", given=GIVEN)
+def rank(*sizes: Any, **given: Any) -> ExpertBank:
+    """Every rank of one low-rank pair is an expert (SMoRA, arXiv 2501.15103)."""
+    return ExpertBank(*sizes, **given)
+
+
+@forms.register("shared_a", given=GIVEN)
+def shared_a(*sizes: Any, **given: Any) -> ExpertBank:
+    """One A for all experts, one B per expert (HydraLoRA, arXiv 2404.19245)."""
+    return ExpertBank(*sizes, **given)

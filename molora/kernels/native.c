@@ -157,6 +157,51 @@ static void axpys(int n, float *const *y, const float *b, long ldb, long d, long
     for (; n >= 1; n--, y++, h += r) axpys_block(1, y, b, ldb, d, r, h);
 }
 
+/* The same two for one or two tokens and rows of `a` and `b` that follow each other: row by row. A few tokens read far
+ * more than they compute, and memory that is read in one piece comes a third faster than in eight side by side. */
+INLINE void dots_rows(const int n, const float *const *x, const float *a, long d, long r, float *h) {
+    for (long j = 0; j < r; j++, a += d) {
+        v8 acc[2][4] = {{{0}}};
+        long c = 0;
+        for (; c + 32 <= d; c += 32)
+            for (int i = 0; i < 4; i++) {
+                v8 av = LOAD(a + c + 8 * i);
+                for (int m = 0; m < n; m++) acc[m][i] += av * LOAD(x[m] + c + 8 * i);
+            }
+        for (; c + 8 <= d; c += 8)
+            for (int m = 0; m < n; m++) acc[m][0] += LOAD(a + c) * LOAD(x[m] + c);
+        for (int m = 0; m < n; m++) {
+            float s = sum8((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
+            for (long t = c; t < d; t++) s += a[t] * x[m][t];
+            h[m * r + j] = s;
+        }
+    }
+}
+
+INLINE void axpys_rows(const int n, float *const *y, const float *b, long d, long r, const float *h) {
+    for (long j = 0; j < r; j++, b += d) {
+        long c = 0;
+        for (; c + 8 <= d; c += 8) {
+            v8 bv = LOAD(b + c);
+            for (int m = 0; m < n; m++) STORE(y[m] + c, LOAD(y[m] + c) + h[m * r + j] * bv);
+        }
+        for (; c < d; c++)
+            for (int m = 0; m < n; m++) y[m][c] += h[m * r + j] * b[c];
+    }
+}
+
+static void few_dots(int n, const float *const *x, const float *a, long d, long r, float *h) {
+    if (n == 1) dots_rows(1, x, a, d, r, h);
+    else if (n == 2) dots_rows(2, x, a, d, r, h);
+    else dots(n, x, a, d, d, r, h);
+}
+
+static void few_axpys(int n, float *const *y, const float *b, long d, long r, const float *h) {
+    if (n == 1) axpys_rows(1, y, b, d, r, h);
+    else if (n == 2) axpys_rows(2, y, b, d, r, h);
+    else axpys(n, y, b, d, d, r, h);
+}
+
 INLINE void outer_block(const int q, long n, const float *const *x, long c, const float *h, long ldh, float *g, long ldg) {
     v8 acc[4][2];
     for (int j = 0; j < q; j++) acc[j][0] = LOAD(g + j * ldg + c), acc[j][1] = LOAD(g + j * ldg + c + 8);
@@ -259,10 +304,10 @@ static int forward_part(const Layer *L, const float *x, float *y, const Pairs *P
                 rows[m] = x + P->token[lo + m] * L->d_in;
                 outs[m] = y + P->token[lo + m] * L->d_out;
             }
-            dots(n, rows, a, L->d_in, L->d_in, r, h);
+            few_dots(n, rows, a, L->d_in, r, h);
             for (int m = 0; m < n; m++)
                 for (long j = 0; j < r; j++) h[m * r + j] *= P->gate[lo + m];
-            axpys(n, outs, b, L->d_out, L->d_out, r, h);
+            few_axpys(n, outs, b, L->d_out, r, h);
         }
     }
     return 0;
@@ -371,7 +416,7 @@ static void thin_part(const float *x, const float *w, float *s, long from, long 
     for (long t = from; t < to; t += BLOCK) {
         int n = to - t < BLOCK ? (int)(to - t) : BLOCK;
         for (int m = 0; m < n; m++) rows[m] = x + (t + m) * d;
-        dots(n, rows, w, d, d, E, s + t * E);
+        few_dots(n, rows, w, d, E, s + t * E);
     }
 }
 
@@ -439,20 +484,100 @@ static void select_gates(const Layer *L, float *s, float *probs, int *order) {
         for (long i = 0; i < kept; i++) s[order[i]] *= (L->normalise == 2 ? kept : 1) / sum;
 }
 
-/* Router and experts in one call: y (T, d_out) += experts of x (T, d_in) under the gates that the router gives x. */
-int molora_routed(const Layer *L, const float *x, float *y, long T, int threads) {
+/* scores of x (T, d_in) -> gates (T, E) and probs, which is (T, E) when `stride` is E and room for one row when it is 0 */
+static int decide(const Layer *L, const float *x, float *gates, float *probs, long stride, long T, int threads) {
     long E = L->E;
-    float *gates = scratch(3, (size_t)(T + 1) * E * sizeof(float) + E * sizeof(int));
-    if (!gates) return 1;
-    float *probs = gates + T * E;
-    int *order = (int *)(probs + E);
+    int *order = scratch(1, E * sizeof(int));
+    if (!order) return 1;
     thin(x, L->W, gates, T, L->d_in, E, threads);
     for (long t = 0; t < T; t++) {
         if (L->bias)
             for (long e = 0; e < E; e++) gates[t * E + e] += L->bias[e];
-        select_gates(L, gates + t * E, probs, order);
+        select_gates(L, gates + t * E, probs + t * stride, order);
     }
+    return 0;
+}
+
+/* Router and experts in one call: y (T, d_out) += experts of x (T, d_in) under the gates that the router gives x. */
+int molora_routed(const Layer *L, const float *x, float *y, long T, int threads) {
+    float *gates = scratch(3, (size_t)(T + 1) * L->E * sizeof(float));
+    if (!gates || decide(L, x, gates, gates + T * L->E, 0, T, threads)) return 1;
     return molora_forward(L, x, y, gates, 1, T, threads);
+}
+
+/* --- the router, for training ---------------------------------------------------------------------------------- */
+
+/* The same, but gates and probs (T, E) are results, which backward reads. */
+int molora_step_forward(const Layer *L, const float *x, float *y, float *gates, float *probs, long T, int threads) {
+    if (decide(L, x, gates, probs, L->E, T, threads)) return 1;
+    return molora_forward(L, x, y, gates, 1, T, threads);
+}
+
+/* g (E), the gradient of one token's gates -> of its scores, in place: selection and softmax backwards */
+static void select_backward(const Layer *L, float *g, const float *gates, const float *probs) {
+    float total = 0, common = 0, along = 0, count = 0;
+    for (long e = 0; e < L->E; e++)
+        if (gates[e] != 0) {
+            total += probs[e];
+            common += g[e] * probs[e];
+            count += 1;
+        }
+    float factor = 1;
+    if (L->normalise) {
+        common /= total;
+        factor = (L->normalise == 2 ? count : 1) / total;
+    } else common = 0;
+    for (long e = 0; e < L->E; e++) {
+        g[e] = gates[e] != 0 && !L->constant ? (g[e] - common) * factor : 0;
+        along += g[e] * probs[e];
+    }
+    for (long e = 0; e < L->E; e++) g[e] = probs[e] * (g[e] - along) / L->temperature;
+}
+
+/* for the tokens from..to: dscores (T, E) from the gradient of the gates, in place, and their part of dx */
+static void scores_part(const Layer *L, float *dscores, const float *gates, const float *probs, float *dx, long from, long to) {
+    long E = L->E;
+    float *outs[BLOCK];
+    for (long t = from; t < to; t++)
+        select_backward(L, dscores + t * E, gates + t * E, probs + t * E);
+    for (long t = from; dx && t < to; t += BLOCK) {
+        int n = to - t < BLOCK ? (int)(to - t) : BLOCK;
+        for (int m = 0; m < n; m++) outs[m] = dx + (t + m) * L->d_in;
+        axpys(n, outs, L->W, L->d_in, L->d_in, E, dscores + t * E);
+    }
+}
+
+static int scorer_part(const Layer *L, const float *x, const float *dscores, float *dW, long T, int part, int parts) {
+    const float **rows = scratch(3, T * sizeof(float *));
+    if (!rows) return 1;
+    long from = L->d_in / 16 * part / parts * 16, to = part + 1 == parts ? L->d_in : L->d_in / 16 * (part + 1) / parts * 16;
+    for (long t = 0; t < T; t++) rows[t] = x + t * L->d_in;
+    for (long e = 0; e < L->E; e++) memset(dW + e * L->d_in + from, 0, (to - from) * sizeof(float));
+    outer(T, rows, dscores, L->E, dW, L->d_in, from, to);
+    return 0;
+}
+
+/* As molora_backward, with the gradients of the scorer: dW (E, d_in) and dbias (E) are written. Any gradient may be
+ * NULL. */
+int molora_step_backward(const Layer *L, const float *x, const float *dy, const float *gates, const float *probs, long T,
+                         float *dx, float *dA, float *dBt, float *dW, float *dbias, int threads) {
+    float *dscores = calloc((size_t)T * L->E, sizeof(float));
+    int parts = threads > 1 ? threads : 1, failed = !dscores;
+    if (failed) return 1;
+    failed = molora_backward(L, x, dy, gates, 1, T, dx, dA, dBt, dx || dW || dbias ? dscores : NULL, threads);
+    if (!failed && (dx || dW || dbias)) {
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+        for (int part = 0; part < parts; part++)
+            scores_part(L, dscores, gates, probs, dx, T * part / parts, T * (part + 1) / parts);
+    }
+    if (!failed && dW) {
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
+        for (int part = 0; part < parts; part++) failed |= scorer_part(L, x, dscores, dW, T, part, parts);
+    }
+    if (dbias) memset(dbias, 0, L->E * sizeof(float));
+    for (long i = 0; dbias && i < T * L->E; i++) dbias[i % L->E] += dscores[i];
+    free(dscores);
+    return failed;
 }
 
 long molora_layer_size(void) { return (long)sizeof(Layer); }

@@ -1,11 +1,13 @@
-"""Prepared C calls of one layer, without gradient: what decoding and prefill run on a CPU.
+"""Prepared C calls of one layer: what decoding, prefill and training run on a CPU.
 
 With one token per sequence a layer's arithmetic takes a few microseconds, and every operator of torch as much again, so
-a call is prepared once per layer and repeated with a few numbers. There are two:
+a call is prepared once per layer and repeated with a few numbers. There are two without gradient:
 
 - `Routed`, router and experts in one. It stands in for `Trace.decide` and the bank only where both would do nothing
   else: a decision per token by a linear scorer that nobody records, pins or shares.
 - `Decided`, the experts under gates that are known: pinned ones (tenants), or a decision shared with other layers.
+
+Training has a node of its own, in step.py.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .choose import FEW_TOKENS, NATIVE_ACTIVE_SHARE, NATIVE_RANK, is_forced
+from .choose import FEW_TOKENS, NATIVE_RANK, is_forced
 from .layout import Layout
 from .native import Layer, layer_of, library, threads_for
+from .step import Step, can_run, frozen_plain
+from .step import prepared as prepared_step
 
 
 class Routed:
@@ -37,9 +41,8 @@ class Routed:
     ) -> None:
         self._sources = (bank._parameters, scorer._parameters, price._buffers if price is not None else {"value": None})
         self._layout, self._form = layout, form
-        # where most experts act, the matrix library is faster on many tokens
-        self._is_sparse = form["select"] == 1 and form["k"] <= NATIVE_ACTIVE_SHARE * layout.num_experts
-        self._is_sparse = self._is_sparse and (layout.rank or 0) >= NATIVE_RANK
+        # even with all experts active it is as fast as the matrix library, and the router is cheaper here
+        self._takes_many = (layout.rank or 0) >= NATIVE_RANK
         self._addresses: tuple[Any, ...] | None = None
         self._call: Any = None
 
@@ -56,7 +59,7 @@ class Routed:
         if addresses != self._addresses and not self._prepare(now, addresses):
             return False
         tokens = x.numel() // self._d_in
-        if tokens > FEW_TOKENS and not self._is_sparse:
+        if tokens > FEW_TOKENS and not self._takes_many:
             return False
         threads = 1 if tokens < 64 else threads_for(tokens)
         return self._call(self._layer, x.data_ptr(), y.data_ptr(), tokens, threads) == 0
@@ -136,9 +139,29 @@ class Calls:
     def __init__(self) -> None:
         self._made: dict[str, tuple[Any, Any, Routed | None]] = {}
         self._decided: dict[str, Decided] = {}
+        self._steps: dict[str, tuple[Any, Any, Step | None]] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Calls, ()
+
+    def step(self, adapter: str, bank: Any, router: Any, base: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the output (..., d_out) of base, router and experts, in training; None when that is not possible.
+
+        The answer does not depend on whether gradients are on: reentrant checkpointing runs a layer first without them,
+        and must round alike both times.
+
+        Args:
+            adapter: the name of the adapter.
+            bank, router: its ExpertBank and Router.
+            base: the base layer.
+            x: (..., d_in).
+        """
+        if not can_run(x) or not frozen_plain(base):
+            return None
+        made = self._steps.get(adapter)
+        if made is None or made[0] is not bank or made[1] is not router:
+            self._steps[adapter] = made = (bank, router, prepared_step(bank, router))
+        return None if made[2] is None else made[2].run(base, x)
 
     def decide_and_add(self, adapter: str, bank: Any, router: Any, y: Tensor, x: Tensor) -> bool:
         """Decide and add the delta into y in one call; False when that is not possible, and then y is as it was.

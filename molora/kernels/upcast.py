@@ -38,9 +38,9 @@ def upcasts(base: nn.Module, x: Tensor, wanted: bool | None = None) -> bool:
         wanted: True and False decide; None follows the environment variable MOLORA_UPCAST (0 or 1), then the rule:
             a half-precision weight on a processor without units for it, and 8 tokens or more.
     """
-    if type(base) is not nn.Linear or base.weight.dtype != x.dtype or x.device.type != "cpu":
+    if x.dtype is torch.float32 or x.dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu":
         return False
-    if x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu"):
+    if type(base) is not nn.Linear or base.weight.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
         return False
     if any(p.requires_grad for p in (base.weight, base.bias) if p is not None) or has_hooks(base):
         return False

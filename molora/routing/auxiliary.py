@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import AuxLossError
 from .losses import Parts, WeightedLoss
+from .recompute import in_backward
 from .types import Context, Routing
 
 
@@ -64,11 +65,6 @@ class _Inject(torch.autograd.Function):
         return grad, ctx.scale.arrived * ctx.scale.share, None
 
 
-def in_backward() -> bool:
-    """Tell whether this code runs inside autograd's backward, that is, in a checkpoint's recompute."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 class AuxLoss:
     """Collects the auxiliary loss of one forward and adds it to the task loss once."""
 
@@ -94,6 +90,9 @@ class AuxLoss:
         if in_backward():
             if key not in self.reentrant:
                 return routing
+            if routing.passes:
+                (x, gates), *rest = routing.passes
+                return dataclasses.replace(routing, passes=((x, _Inject.apply(gates, aux, self.scale)), *rest))
             return dataclasses.replace(routing, gates=_Inject.apply(routing.gates, aux, self.scale))
         if torch.is_grad_enabled():
             self.live.append(aux)

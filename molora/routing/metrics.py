@@ -50,6 +50,9 @@ class Figures:
         effective_experts: exp of the entropy of P in nats, in [1, E].
         experts_per_token: mean number of experts with a gate that is not zero.
         dead: experts below the threshold.
+        load_variation: standard deviation of the load over its mean; 0 when even, sqrt(E - 1) when one takes all.
+        max_violation: the largest load times E, minus 1: how much more than its even share the busiest expert has
+            (MaxVio of arXiv 2408.15664).
     """
 
     tokens: int
@@ -61,6 +64,8 @@ class Figures:
     effective_experts: float
     experts_per_token: float
     dead: list[int]
+    load_variation: float
+    max_violation: float
 
     @property
     def num_experts(self) -> int:
@@ -141,10 +146,10 @@ class Usage:
         sums = self._sites.setdefault(site.name, _SiteSums(experts, site.group if site.shared else None))
         weights = ctx.weights(routing.gates)
         values = {
-            "chosen": routing.selected,
+            "chosen": routing.selected[..., :experts],  # null experts have no load of their own
             "gates": routing.gates,
             "size": routing.gates.abs(),
-            "probs": shares(routing),
+            "probs": shares(routing)[..., :experts],
             "entropy": shannon(shares(routing))[..., None],
         }
         per_row = {name: _rows(value, weights) for name, value in values.items()}
@@ -287,53 +292,6 @@ def _figures(sums: _Sums, dead_below: float) -> Figures:
         effective_experts=math.exp(mean_entropy * math.log(experts)),
         experts_per_token=float(sums.chosen.sum()) / sums.tokens,
         dead=[e for e in range(experts) if least[e] < dead_below / experts],
+        load_variation=float(load.std(correction=0) * experts),
+        max_violation=float(load.max() * experts - 1) if load.sum() > 0 else 0.0,
     )
-
-
-def change_rate(
-    before: Mapping[str, Routing],
-    after: Mapping[str, Routing],
-    valid: Tensor | None = None,
-    *,
-    by: str = "selected",
-) -> dict[str, float]:
-    """Return, per site, how much of the routing changed between two recordings of the same batch.
-
-    For one token with the selected sets A and B it is `1 - |A and B| / max(|A|, |B|)`, averaged over tokens: 0 when
-    nothing changed, 1 when no choice survived. For top-1 routing this is the share of tokens that moved to another
-    expert (routing fluctuation, StableMoE, arXiv 2204.08396), for top-k one minus the router saturation of OLMoE
-    (arXiv 2409.02060).
-
-    Args:
-        before, after: what `molora.record` collected, site -> Routing of (B, S, E).
-        valid: (B, S) bool, False at padding; decisions per prompt (B, 1, E) do not need it.
-        by: `selected`, or `top` to compare only the expert of the largest gate (soft mixtures select all experts).
-
-    Raises:
-        ConfigError: the recordings do not belong together, or `by` is unknown.
-    """
-    if by not in ("selected", "top"):
-        raise ConfigError(f"change_rate by={by!r} is unknown; known: selected, top")
-    if set(before) != set(after):
-        differing = ", ".join(sorted(set(before) ^ set(after)))
-        raise ConfigError(f"only one of the two recordings holds: {differing}; record the same model twice")
-    rates = {}
-    for name in before:
-        a, b = before[name], after[name]
-        if a.gates.shape != b.gates.shape:
-            raise ConfigError(
-                f"site '{name}' was recorded with gates {tuple(a.gates.shape)} and {tuple(b.gates.shape)}; "
-                "record the same batch twice"
-            )
-        first, second = (_top(r) if by == "top" else r.selected for r in (a, b))
-        both = (first & second).sum(-1).double()
-        most = torch.maximum(first.sum(-1), second.sum(-1)).double()
-        changed = torch.where(most > 0, 1 - both / most.clamp_min(1), torch.zeros_like(both))
-        weights = Context(valid=valid).weights(a.gates).double()
-        rates[name] = float((changed * weights).sum() / weights.sum().clamp_min(1))
-    return rates
-
-
-def _top(routing: Routing) -> Tensor:
-    best = routing.gates.argmax(-1, keepdim=True)
-    return torch.zeros_like(routing.selected).scatter(-1, best, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ from .types import Context, Routing
 GRANULARITIES = ("token", "prompt", "task")
 WEIGHTS = ("own", "frozen", "shared")
 SHARED_GATES = ("none", "sigmoid")
+# The options of selectors that kernels know; the others must have their defaults (see Router.plain_form).
+_PLAIN_OPTIONS = {"k", "min_k", "clamp", "normalise", "weight", "omega", "grad", "p", "crossing"}
+_PLAIN_OPTIONS |= {"entropy", "q", "threshold"}
 pools = Registry("pool")
 
 
@@ -118,6 +122,8 @@ class Router(nn.Module):
         shared: options of `Shared`, with `num`; none for no shared experts.
         weights: `own`, `frozen` (the scorer is never trained), or `shared` (the tuner gives it to several routers).
         place: where the router stands in the depth of the model.
+        splits: h decisions of E gates each, for experts that take h gates (blocks of a factor, steps of a chain): link
+            and selector see (B, S, h, E), and the Routing holds (B, S, h * E). Not with null or shared experts.
 
     Attributes:
         bank: the ExpertBank that the gates multiply, for scorers and losses that read the experts; set by the tuner,
@@ -143,9 +149,12 @@ class Router(nn.Module):
         shared: Mapping[str, Any] | None = None,
         weights: str = "own",
         place: Place | None = None,
+        splits: int = 1,
     ) -> None:
         super().__init__()
-        self.num_experts, self.null = num_experts, null
+        self.num_experts, self.null, self.splits = num_experts, null, splits
+        if splits > 1 and (null or shared):
+            raise ConfigError(f"experts with {splits} gates each cannot have null or shared experts beside them")
         self.granularity = granularity
         self.place = place or Place()
         choices = num_experts + null
@@ -153,20 +162,24 @@ class Router(nn.Module):
         read = self.feature[-1].dim if self.feature else dim
         self.pool = pools.build(pool, read) if granularity == "prompt" else None
         self.weights = weights
-        self.scorer = scorers.build(scorer, read, choices)
-        self._experts: tuple[Any, ...] = ()  # in a tuple, so that the bank is not registered as a part of the router
+        read = getattr(self.pool, "dim", read)  # pools that do not keep the size say so
         scorer_name = split_spec(scorer)[0]
-        self._scorer_takes = scorers.fact(scorer_name, "given", ())
+        takes = scorers.fact(scorer_name, "given", ())
+        self.scorer = scorers.build(scorer, read, choices * splits, **({"place": self.place} if "place" in takes else {}))
+        self._experts: tuple[Any, ...] = ()  # in a tuple, so that the bank is not registered as a part of the router
+        self._scores_have_gradient = scorers.fact(scorer_name, "has_gradient", True)
+        self._scorer_takes = tuple(name for name in takes if name != "place")  # that one is given when it is built
         self.link = _component(links, link, choices)
         self.selector = _component(selectors, selector, read, choices)
         selector_name = split_spec(selector)[0]
         self._selector_takes = selectors.fact(selector_name, "given", ())
         self._selects = selectors.fact(selector_name, "sparse", False)
+        self._priced = selectors.fact(selector_name, "priced", "probs")
         self.price = None
         if price is not None:
             if "price" not in self._selector_takes:
                 raise ConfigError(f"selector '{selector_name}' cannot use a price; use top_k, or leave price out")
-            self.price = Price(choices, prices.build(price))
+            self.price = Price(choices * splits, prices.build(price))
         self.shared = Shared(read if self.pool is not None else dim, **shared) if shared else None
         self.freeze()
         # Fail now, not in the first forward, when an option cannot work with this many experts.
@@ -174,7 +187,18 @@ class Router(nn.Module):
             for progress in (0.0, 1.0):
                 scores = torch.zeros(1, 1, choices)
                 probs = self.link(scores, progress=progress)
-                self._select(scores, probs, torch.zeros(1, 1, read), Context(progress=progress))
+                told = Context(progress=progress, task_ids=torch.zeros(1, dtype=torch.long))
+                self._select(scores, probs, torch.zeros(1, 1, read), told)
+
+    @property
+    def edits_input(self) -> bool:
+        """Whether the experts may get another input than that of their layer (see views.py)."""
+        return getattr(self.scorer, "edits_input", False)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a training forward draws at random from the seed of the forward (see Memory.seed)."""
+        return "generator" in (*self._selector_takes, *self._scorer_takes)
 
     @property
     def bank(self) -> Any:
@@ -184,6 +208,13 @@ class Router(nn.Module):
     def reads(self, bank: Any) -> None:
         """Tell the router which experts its gates multiply."""
         self._experts = (bank,)
+
+    def add_controller(self, position: int, controller: nn.Module) -> None:
+        """Hold the controller of the adapter's loss at `position`, so that it is saved, moved and copied with it."""
+        if not hasattr(self, "controllers"):
+            self.controllers = nn.ModuleDict()
+        device = next(self.parameters(), torch.empty(0)).device
+        self.controllers[str(position)] = controller if device.type == "meta" else controller.to(device)
 
     def borrow(self, scorer: nn.Module) -> None:
         """Score with another router's scorer, which alone holds, trains and saves the weights."""
@@ -201,7 +232,8 @@ class Router(nn.Module):
     @property
     def sparse(self) -> bool:
         """Whether no gradient needs a gate that is zero, so that kernels may skip what is not selected."""
-        options = self.selector.fixed if isinstance(self.selector, Scheduled) else {}
+        moving = isinstance(self.selector, Scheduled)
+        options = self.selector.fixed if moving else getattr(self.selector, "switches", {})
         return self._selects and options.get("grad", "soft") != "straight_through"
 
     def plain_form(self) -> dict[str, Any] | None:
@@ -212,7 +244,7 @@ class Router(nn.Module):
         """
         if self.granularity != "token" or type(self.scorer) is not Linear or self.scorer.activation is not None:
             return None
-        if self.feature or self.null or self.shared is not None:
+        if self.feature or self.null or self.shared is not None or self.splits > 1:
             return None
         if not (isinstance(self.link, Scheduled) and isinstance(self.selector, Scheduled)):
             return None
@@ -227,10 +259,12 @@ class Router(nn.Module):
         options = {key: p.default for key, p in given.items() if p.kind is p.KEYWORD_ONLY} | self.selector.fixed
         if options.get("weight") == "biased" and self.price is not None:
             return None
+        if any(options[key] != p.default for key, p in given.items() if key in options and key not in _PLAIN_OPTIONS):
+            return None  # groups, pins, a scale, ...
         return {
             "select": kinds[name],
             "k": min(options.get("k", options.get("min_k", 0)), self.num_experts),
-            "normalise": ("none", "sum1", "sumk").index(options.get("normalise", "none")),
+            "normalise": {"none": 0, "sum1": 1, "sumk": 2, "real": 1}[options.get("normalise", "none")],
             "constant": options.get("weight") == "const",
             "omega": options.get("omega", 1.0),
             "p": options.get("p", 1.0),
@@ -246,7 +280,7 @@ class Router(nn.Module):
         given: dict[str, Any] = {}
         for name in self._selector_takes:
             if name == "price":
-                given[name] = None if self.price is None else self.price.value.to(probs.device)
+                given[name] = None if self.price is None else self._prices().to(probs.device)
             elif name == "real":
                 given[name] = self.num_experts
             elif name == "scores":
@@ -255,13 +289,27 @@ class Router(nn.Module):
                 given[name] = hidden
             elif name == "notes":
                 given[name] = {}
+            elif name == "generator":
+                given[name] = self._generator("selector", probs, ctx)
         return self.selector(probs, ctx, progress=ctx.progress, **given), given.get("notes", {})
+
+    def _prices(self) -> Tensor:
+        """Return the prices as selectors see them: (N,), or (h, N)."""
+        value = self.price.value
+        return value.unflatten(0, (self.splits, -1)) if self.splits > 1 else value
+
+    def _generator(self, part: str, like: Tensor, ctx: Context) -> torch.Generator | None:
+        """Return the generator of the draws of one part in this forward; None: torch's own."""
+        return None if ctx.memory is None else ctx.memory.generator(f"{self.place.name}/{part}", like.device)
 
     def _score(self, read: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return scores (B, S, N) and the notes of the scorer."""
         given: dict[str, Any] = {}
         for name in self._scorer_takes:
-            given[name] = {"bank": self.bank, "x": x, "notes": {}}[name]
+            if name == "generator":
+                given[name] = self._generator("scorer", x, ctx)
+            else:
+                given[name] = {"bank": self.bank, "x": x, "notes": {}}[name]
         return self.scorer(read, ctx, **given), given.get("notes", {})
 
     def forward(self, x: Tensor, ctx: Context) -> Routing:
@@ -273,8 +321,15 @@ class Router(nn.Module):
             if self.pool is not None:
                 read = self.pool(read, prompt_tokens(read, ctx))
             scores, notes = self._score(read, hidden, ctx)
-            probs = self.link(scores, progress=ctx.progress)
-            gates, more = self._select(scores, probs, read, ctx)
+            for edit, site in ctx.edits:
+                scores = edit.scores(scores, site)
+            laid_out = scores.unflatten(-1, (self.splits, -1)) if self.splits > 1 else scores
+            probs = self.link(laid_out, progress=ctx.progress)
+            gates, more = self._select(laid_out, probs, read, ctx)
+            if self.splits > 1:
+                probs, gates = probs.flatten(-2), gates.flatten(-2)
+            for edit, site in ctx.edits:
+                gates = edit.gates(gates, site)
             choices = None
             if self.null:
                 choices, gates = gates != 0, gates[..., : self.num_experts]
@@ -282,16 +337,32 @@ class Router(nn.Module):
             if self.shared is not None:
                 # a decision per prompt or per task may not read single tokens
                 always = self.shared(read if self.pool is not None else hidden, gates)
-            return Routing(scores, probs, gates, always, choices, {**notes, **more} or None)
+            view = notes.pop("view", None)
+            routing = Routing(scores, probs, gates, always, choices, {**notes, **more} or None)
+            return routing if view is None else dataclasses.replace(routing, passes=((view, routing.applied),))
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether gradients go through decisions: to the router's parameters, or to what it reads."""
+        return self._scores_have_gradient or any(True for _ in self.parameters())
+
+    def observe(self, routing: Routing, ctx: Context) -> None:
+        """Let the price, if there is one, take one training forward into account."""
+        if self.price is not None:
+            values = routing.scores if self._priced == "scores" else routing.probs
+            found = (routing.notes or {}).get("price")
+            self.price.observe(routing.selected, ctx.weights(routing.gates), values, found)
 
     @torch.no_grad()
     def permute(self, order: Tensor) -> None:
         """Put the experts in another order."""
         if self.null:  # null experts stay where they are, after the real ones
             order = torch.cat([order, torch.arange(self.num_experts, self.num_experts + self.null)])
-        for part in (self.scorer, self.link, self.selector, self.price):
+        width = self.num_experts + self.null
+        table = torch.cat([order + width * block for block in range(self.splits)])
+        for part, own in ((self.scorer, table), (self.link, order), (self.selector, order), (self.price, table)):
             if hasattr(part, "permute"):
-                part.permute(order)
+                part.permute(own)
 
 
 def _component(registry: Registry, spec: Spec, *args: Any) -> Any:

@@ -46,6 +46,24 @@ def exponential(progress: float, start_value: float, end_value: float) -> float:
     return start_value * (end_value / start_value) ** progress
 
 
+@schedules.register("multi_step")
+def multi_step(progress: float, start_value: float, end_value: float) -> float:
+    """Double (or halve) again and again, each value held as long as any other: 1 to 16 is 1, 2, 4, 8, 16."""
+    doublings = abs(math.log2(end_value / start_value))
+    values = math.ceil(doublings - 1e-9) + 1
+    step_number = min(int(progress * values), values - 1)
+    if step_number == values - 1:
+        return end_value
+    return start_value * 2.0 ** math.copysign(step_number, end_value / start_value - 1)
+
+
+@schedules.register("ramp")
+def ramp(progress: float, start_value: float, end_value: float) -> float:
+    """Rise slowly first and fast at the end, as consistency losses are faded in: along `exp(-5 (1 - t)^2)`."""
+    low = math.exp(-5.0)  # where the curve begins, so that the first value is exact
+    return start_value + (end_value - start_value) * (math.exp(-5.0 * (1 - progress) ** 2) - low) / (1 - low)
+
+
 @schedules.register("step")
 def step(progress: float, start_value: float, end_value: float) -> float:
     """Jump to the last value at the end of the window."""
@@ -94,8 +112,8 @@ def build_schedule(spec: Mapping[str, Any]) -> Schedule:
         raise ConfigError(f"schedule '{name}': {', '.join(f'{k}={values[k]!r}' for k in wrong)} must be numbers")
     if not 0 <= start <= end <= 1:
         raise ConfigError(f"schedule '{name}' needs 0 <= start <= end <= 1, got start={start}, end={end}")
-    if name == "exponential" and start_value * end_value <= 0:
-        raise ConfigError(f"schedule 'exponential' needs values of one sign, got from={start_value}, to={end_value}")
+    if name in ("exponential", "multi_step") and start_value * end_value <= 0:
+        raise ConfigError(f"schedule '{name}' needs values of one sign, got from={start_value}, to={end_value}")
     return Schedule(name, float(start_value), float(end_value), float(start), float(end))
 
 

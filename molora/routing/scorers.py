@@ -104,8 +104,9 @@ class Linear(nn.Module):
 class Cosine(nn.Module):
     """Cosine similarity to one direction per expert: `scores = cos(P x, c_e) / temperature`.
 
-    Source: ST-MoE (arXiv 2202.08906) and X-MoE (arXiv 2204.09179). `scores(a x) = scores(x)` for a > 0. With
-    temperature 1 and E = 8 no softmax probability can exceed 0.51, so the temperature must be small or learned.
+    Source: the geometric ST-MoE (arXiv 2604.14419, not the ST-MoE of 2202.08906) and X-MoE (arXiv 2204.09179).
+    `scores(a x) = scores(x)` for a > 0. With temperature 1 and E = 8 no softmax probability can exceed 0.51, so the
+    temperature must be small or learned.
 
     Options:
         bottleneck: size of the projected space, P: (bottleneck, d); none compares in the full space.

@@ -6,7 +6,8 @@ explicit option here (names in brackets are the options):
 - which experts stay: the top k, or the shortest prefix whose probability reaches p, with the expert that crosses p
   kept or not (`crossing`);
 - what weighs them (`weight`): `prob`, a constant `omega`, or the `biased` score that selected them (prob - price);
-- how the weights are scaled (`normalise`): `none`, `sum1` (they sum to 1) or `sumk` (they sum to how many stay);
+- how the weights are scaled (`normalise`): `none`, `sum1` (they sum to 1), `sumk` (they sum to how many stay) or
+  `real` (those of the real experts sum to 1, whatever the null experts among the chosen hold);
 - what gradient the router gets (`grad`): `soft` (through the weights), `straight_through` (the value of the gate, the
   gradient of the prob, to all experts), `policy` (none here: a policy loss reads `log_prob_of_selection`) or `none`.
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..registry import Registry
+from .choice import PINS, SECONDS, best_groups, check_groups, explored, labels_of, largest, pin_last, thinned
 from .entropy import entropies
 from .types import Context
 
@@ -30,14 +32,17 @@ from .types import Context
 selectors = Registry("selector")
 
 _SWITCHES = {
-    "normalise": ("none", "sum1", "sumk"),
+    "normalise": ("none", "sum1", "sumk", "real"),
     "weight": ("prob", "const", "biased"),
     "grad": ("soft", "straight_through", "policy", "none"),
     "crossing": ("include", "exclude"),
+    "pin": PINS,
+    "second": SECONDS,
 }
 
 
-def _check_switches(**values: str) -> None:
+def check_switches(**values: str) -> None:
+    """Raise ConfigError for values that a switch of the module docstring does not have."""
     for name, value in values.items():
         if value not in _SWITCHES[name]:
             raise ConfigError(f"selector option {name}={value!r} is unknown; known: {', '.join(_SWITCHES[name])}")
@@ -52,6 +57,8 @@ def weigh(
     weight: str = "prob",
     omega: float = 1.0,
     grad: str = "soft",
+    scale: float = 1.0,
+    real: int | None = None,
 ) -> Tensor:
     """Turn a selection into gates.
 
@@ -60,6 +67,8 @@ def weigh(
         mask: (B, S, E) bool, the experts that stay.
         price: (E,) what was subtracted from probs to select; read by `weight='biased'`.
         normalise, weight, omega, grad: the switches of the module docstring.
+        scale: multiplies the gates after all else.
+        real: how many of the E are real experts (they come first); read by `normalise='real'`, none for all.
     """
     if weight == "const":
         values = torch.full_like(probs, omega)
@@ -69,8 +78,14 @@ def weigh(
         values = probs
     if normalise == "none":
         gates = values * mask
+    elif normalise == "real" and real is not None and real < probs.shape[-1]:
+        gates = values * mask
+        total = gates[..., :real].sum(-1, keepdim=True)
+        gates = gates / torch.where(total == 0, torch.ones_like(total), total)  # no real expert: only null ones act
     else:
         gates = _Normalised.apply(values, mask, normalise == "sumk")
+    if scale != 1.0:
+        gates = gates * scale
     if grad == "straight_through":
         return gates.detach() + (probs - probs.detach())  # the bracket is exactly 0: no rounding of the gates
     return gates if grad == "soft" else gates.detach()
@@ -123,13 +138,21 @@ def log_prob_of_selection(probs: Tensor, gates: Tensor) -> Tensor:
 
 
 @selectors.register("softmax")
-def softmax(probs: Tensor, ctx: Context, *, grad: str = "soft") -> Tensor:
-    """Keep every expert with its probability (soft mixture; MoLoRA, arXiv 2309.05444, HydraLoRA, arXiv 2404.19245)."""
-    _check_switches(grad=grad)
+def softmax(probs: Tensor, ctx: Context, *, normalise: str = "none", grad: str = "soft") -> Tensor:
+    """Keep every expert with its probability (soft mixture; MoLoRA, arXiv 2309.05444, HydraLoRA, arXiv 2404.19245).
+
+    Options:
+        normalise: `sum1` divides by the sum, for links other than softmax (Poly and MHR: sigmoid); else `none`.
+    """
+    check_switches(normalise=normalise, grad=grad)
+    if normalise not in ("none", "sum1"):
+        raise ConfigError(f"selector softmax knows normalise none or sum1, got {normalise!r}")
+    if normalise == "sum1":
+        return weigh(probs, torch.ones_like(probs, dtype=torch.bool), normalise=normalise, grad=grad)
     return probs if grad in ("soft", "straight_through") else probs.detach()
 
 
-@selectors.register("top_k", given=("price",), sparse=True)
+@selectors.register("top_k", given=("price", "real"), sparse=True)
 def top_k(
     probs: Tensor,
     ctx: Context,
@@ -140,21 +163,55 @@ def top_k(
     omega: float = 1.0,
     grad: str = "soft",
     clamp: bool = False,
+    scale: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "max",
+    pin: str = "none",
+    second: str = "always",
+    explore: float = 0.0,
     price: Tensor | None = None,
+    real: int | None = None,
 ) -> Tensor:
     """Keep the k experts of highest `prob - price` (Mixtral-style with `sum1`; MoLA, arXiv 2402.08562).
 
     Options:
         clamp: allow k > E and keep all E there, for models with fewer experts in some layers; otherwise an error.
+        scale: multiplies the gates (route_scale of DeepSeek-V3, arXiv 2412.19437).
+        n_group, topk_group, group_score: choose inside the `topk_group` best of `n_group` groups of neighbours, scored
+            by their `max`, the sum of their two largest (`top2`) or their `sum`, all of `prob - price`.
+        pin: what a label of `expert_ids` does: nothing; `last` (in training, the labelled expert takes the place of
+            the last one chosen if it is absent: Post-MoE, arXiv 2410.10626); `hard` (it alone, with weight 1: ProMoE).
+        second: `random` keeps the experts after the first by chance in training (GShard, arXiv 2006.16668).
+        explore: the share of tokens that choose at random in training, 1 for all of them.
     """
-    _check_switches(normalise=normalise, weight=weight, grad=grad)
+    check_switches(normalise=normalise, weight=weight, grad=grad, pin=pin, second=second)
     experts = probs.shape[-1]
     if k < 1 or (k > experts and not clamp):
         raise ConfigError(f"top_k needs 1 <= k <= number of experts, got k={k} with {experts}; or set clamp: true")
+    if not 0 <= explore <= 1:
+        raise ConfigError(f"top_k needs 0 <= explore <= 1, got {explore}")
+    k = min(k, experts)
+    check_groups(experts, k, n_group, topk_group, group_score)
     biased = probs if price is None else probs - price
-    chosen = biased.detach().topk(min(k, experts), dim=-1).indices
-    mask = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, chosen, True)
-    return weigh(probs, mask, price, normalise=normalise, weight=weight, omega=omega, grad=grad)
+    if explore and ctx.training:
+        biased = explored(biased, explore)
+    ranked = biased
+    if topk_group < n_group:
+        ranked = biased.masked_fill(~best_groups(biased, n_group, topk_group, group_score), -torch.inf)
+    mask = largest(ranked, k)
+    labels = labels_of(ctx, probs) if pin == "hard" or (pin == "last" and ctx.training) else None
+    if labels is not None and pin == "last":
+        mask = pin_last(mask, biased, labels)
+    gates = weigh(
+        probs, mask, price, normalise=normalise, weight=weight, omega=omega, grad=grad, scale=scale, real=real
+    )
+    if second == "random" and ctx.training:
+        gates = thinned(gates, mask, k)
+    if labels is not None and pin == "hard":
+        alone = torch.zeros_like(gates).scatter(-1, labels.clamp_min(0), 1.0)
+        gates = torch.where(labels >= 0, alone, gates)
+    return gates
 
 
 def nucleus(probs: Tensor, p: float, crossing: str, min_k: int) -> Tensor:
@@ -174,7 +231,7 @@ def nucleus(probs: Tensor, p: float, crossing: str, min_k: int) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, ranked.indices, kept)
 
 
-@selectors.register("top_p", sparse=True)
+@selectors.register("top_p", given=("real",), sparse=True)
 def top_p(
     probs: Tensor,
     ctx: Context,
@@ -186,6 +243,7 @@ def top_p(
     weight: str = "prob",
     omega: float = 1.0,
     grad: str = "soft",
+    real: int | None = None,
 ) -> Tensor:
     """Keep the most probable experts until their mass reaches p (Dynamic MoE, arXiv 2403.07652).
 
@@ -194,10 +252,10 @@ def top_p(
         crossing: `include` keeps the expert that crosses p (the usual nucleus), `exclude` drops it.
         min_k: how many to keep at least.
     """
-    _check_switches(normalise=normalise, weight=weight, grad=grad, crossing=crossing)
+    check_switches(normalise=normalise, weight=weight, grad=grad, crossing=crossing)
     _check_nucleus("top_p", p, min_k)
     mask = nucleus(probs, p, crossing, min_k)
-    return weigh(probs, mask, normalise=normalise, weight=weight, omega=omega, grad=grad)
+    return weigh(probs, mask, normalise=normalise, weight=weight, omega=omega, grad=grad, real=real)
 
 
 def _check_nucleus(name: str, p: float, min_k: int) -> None:
@@ -207,7 +265,7 @@ def _check_nucleus(name: str, p: float, min_k: int) -> None:
         raise ConfigError(f"{name} needs min_k >= 0, got {min_k}")
 
 
-@selectors.register("entropy_switch", sparse=True)
+@selectors.register("entropy_switch", given=("real",), sparse=True)
 def entropy_switch(
     probs: Tensor,
     ctx: Context,
@@ -222,6 +280,7 @@ def entropy_switch(
     weight: str = "prob",
     omega: float = 1.0,
     grad: str = "soft",
+    real: int | None = None,
 ) -> Tensor:
     """Uncertain tokens use all experts, confident ones their nucleus (DynMoLE, arXiv 2504.00661).
 
@@ -235,10 +294,11 @@ def entropy_switch(
         entropy: `tsallis`, `renyi` (both of order q) or `shannon`.
         p, crossing, min_k: the nucleus, as in top_p.
     """
-    _check_switches(normalise=normalise, weight=weight, grad=grad, crossing=crossing)
+    check_switches(normalise=normalise, weight=weight, grad=grad, crossing=crossing)
     _check_nucleus("entropy_switch", p, min_k)
     measure = entropies.get(entropy)
-    shares = probs.detach() / probs.detach().sum(-1, keepdim=True)
+    shares = probs.detach().clamp_min(0)  # negative probs (identity link) have no entropy
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
     uncertain = (measure(shares) if entropy == "shannon" else measure(shares, q=q)) > threshold
     mask = nucleus(probs, p, crossing, min_k) | uncertain[..., None]
-    return weigh(probs, mask, normalise=normalise, weight=weight, omega=omega, grad=grad)
+    return weigh(probs, mask, normalise=normalise, weight=weight, omega=omega, grad=grad, real=real)

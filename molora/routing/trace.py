@@ -10,6 +10,7 @@ gradients in between (a reference model, an evaluation) do not disturb it.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..errors import AuxLossError, RoutingError
-from .auxiliary import AuxLoss, in_backward
+from .auxiliary import AuxLoss
 from .losses import Parts, WeightedLoss
+from .recompute import in_backward
 from .router import Router
 from .types import Context, Memory, Routing
 
@@ -39,7 +41,10 @@ class Site:
         leads: whether this site takes the decision of its group (and holds its router).
         stack: which masks describe its input: `main`, `encoder`, or `cross` (encoder states read by a decoder).
         column: the one gate that belongs to this site when the experts are the sites of a block, else None.
+        part: i and E: of the gates (B, S, n E) of its group, the i-th E are its own; None when all sites share them.
+        edits: whether the experts may get another input than that of the layer (see Trace.passes).
         sparse: whether the gradient of a gate that is zero is not needed (see Router.sparse).
+        fixed: there is one expert and no choice: its gate is 1, unless pins name this very site.
     """
 
     name: str
@@ -49,7 +54,10 @@ class Site:
     leads: bool = True
     stack: str = "main"
     column: int | None = None
+    part: tuple[int, int] | None = None
+    edits: bool = False
     sparse: bool = False
+    fixed: bool = False
 
 
 class Pass:
@@ -61,8 +69,10 @@ class Pass:
         collecting: whether auxiliary losses and choices are collected (a training forward with gradients).
         cache: the key-value cache object of this forward, if any.
         continuing: whether the cache already held tokens, so that per-prompt decisions are reused.
+        is_read: whether readers or edits were there when it began.
         decisions: the decisions that other sites or later forwards reuse, by group.
         per_prompt: the groups whose decision outlives the forward, together with its cache.
+        cut: the groups whose decision should have a graph but was taken without one, in a reentrant checkpoint.
         aux: the auxiliary loss.
         memory: what routers pass on to later routers, and to later forwards of the same generation.
     """
@@ -72,10 +82,12 @@ class Pass:
         self.collecting = collecting
         self.cache = cache
         self.continuing = False
+        self.is_read = False
         self.contexts: dict[str, Context] = {}
         self.shape: dict[str, tuple[int, ...]] = {}
         self.decisions: dict[str, Routing] = {}
         self.per_prompt: set[str] = set()
+        self.cut: set[str] = set()
         self.aux = AuxLoss()
         self.memory = Memory()
 
@@ -85,16 +97,21 @@ class Plan:
     """What an adapter asks of the trace: its losses, how many decisions a forward takes, and what else it needs.
 
     `by_prompt`: decisions outlive a forward. `remembers`: routers need the tokens before this forward (Memory.past).
+    `draws`: routers draw at random in training (Memory.seed). `objective`: how the training loss is made of several
+    forwards of a batch, if it is.
     """
 
     losses: list[WeightedLoss]
     decisions: int
     by_prompt: bool = False
     remembers: bool = False
+    draws: bool = False
+    objective: Any = None
     scheduled: bool = False
     sites: set[str] = field(default_factory=set)
 
 
+SETTLED_AFTER = 64  # training forwards without an optimizer step: longer than gradients are usually accumulated
 Reader = Callable[[Site, Routing, Context], None]
 
 
@@ -105,13 +122,16 @@ class Trace:
         plans: Plan per adapter.
         readers: functions called with each fresh decision; nothing is recorded for nobody.
         pins: gates that replace decisions: one tensor for all sites, or a dict from site name or group to tensor.
+        edits: interventions on scores and gates (see edit.py), in the order they act.
         progress: training progress in [0, 1], read by schedules.
+        seed: the seed of the next training forward's draws; None: one is drawn from torch's generator.
     """
 
     def __init__(self) -> None:
         self.plans: dict[str, Plan] = {}
         self.readers: list[Reader] = []
         self.pins: Tensor | dict[str, Tensor] | None = None
+        self.edits: list[Any] = []
         self.progress = 0.0
         self._clear()
 
@@ -119,8 +139,12 @@ class Trace:
         self._now = Pass()
         self._graded = self._now  # the latest pass with gradients
         self._is_open = False
-        self._gathering = False
+        self._gathering = self.is_holding = False
+        self._passes: list[tuple[int, Pass]] = []  # of the forwards gathered into one loss, and where each began
+        self.seed: int | None = None
+        self._objective_told = False
         self._progress_told = False
+        self._forwards = 0  # training forwards so far
         self._called: set[str] | None = set()  # layers seen in the first training forward, then None
         # Per-prompt decisions belong to the key-value cache they were taken with, so that interleaved generations
         # never exchange them.
@@ -133,7 +157,7 @@ class Trace:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, with no readers and no pass."""
-        self.__dict__.update(state, readers=[])
+        self.__dict__.update(state, readers=[], edits=[])
         self._clear()
 
     # --- the life of a pass ---------------------------------------------------------------------------------------
@@ -142,6 +166,7 @@ class Trace:
         """Begin a forward; raise AuxLossError if the previous training forward's auxiliary loss was never used."""
         if new.collecting:
             self._warn_of_missing_progress()
+            self._warn_of_missing_steps()
             previous = self._graded.aux
             if previous.pending and not self._gathering:
                 previous.used = True  # say it once
@@ -158,6 +183,8 @@ class Trace:
                     )
                 new.aux.carry(previous)
             self._graded = new
+            self._begin(new)
+        new.is_read = bool(self.readers or self.edits)
         self._now = new
         self._is_open = True
 
@@ -177,14 +204,49 @@ class Trace:
         self._now = Pass()
         self._is_open = False
 
+    def _begin(self, new: Pass) -> None:
+        """Note where a training forward begins, and settle what its routers will draw."""
+        if not self._gathering:
+            self._passes = []
+            self._warn_of_missing_objective()
+        self._passes.append((_autograd_clock() if self._passes else 0, new))
+        if any(plan.draws for plan in self.plans.values()):
+            # now, not in a layer: the recompute of a checkpoint must find the same state of torch's generator
+            new.memory.seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+
+    def _recomputed(self) -> Pass:
+        """Return the pass whose layers a checkpoint is running again, inside of backward."""
+        if len(self._passes) < 2:
+            return self._graded
+        # several forwards, one backward: the node that asks for the recompute was made in one of them
+        node = torch._C._current_autograd_node()
+        made = node._sequence_nr() if node is not None else self._passes[-1][0]
+        return next(now for began, now in reversed(self._passes) if began <= made)
+
     @contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Let the auxiliary losses of several training forwards add up, for losses made of more than one forward."""
-        self._gathering = True
+    def gathering(self, hold: bool = False) -> Iterator[None]:
+        """Let the auxiliary losses of several training forwards add up, for losses made of more than one forward.
+
+        Args:
+            hold: leave them out of the losses that the model itself computes; the caller adds them at the end.
+        """
+        self._gathering, self.is_holding, self._passes = True, hold, []
         try:
             yield
         finally:
-            self._gathering = False
+            self._gathering = self.is_holding = False
+
+    def _warn_of_missing_objective(self) -> None:
+        """Say once when training goes past the objective of an adapter."""
+        names = [plan.objective.name for plan in self.plans.values() if plan.objective is not None]
+        if names and not self._objective_told:
+            self._objective_told = True
+            warnings.warn(
+                f"this adapter has the objective '{names[0]}', but this training forward is not part of it, so only "
+                "the plain loss is trained; call molora.attach(trainer) once, or use "
+                "loss = molora.objective_loss(model, inputs) in your own loop",
+                stacklevel=2,
+            )
 
     def _warn_of_missing_progress(self) -> None:
         """Say once when schedules are configured but nothing drives them."""
@@ -193,6 +255,18 @@ class Trace:
             warnings.warn(
                 "this adapter has schedules, but nothing tells it the progress of training, so they stay at their "
                 "start; call molora.attach(trainer) once, or molora.set_progress(model, p) in your own loop",
+                stacklevel=2,
+            )
+
+    def _warn_of_missing_steps(self) -> None:
+        """Say once when loss weights are controlled but nothing tells them that an optimizer step is over."""
+        held = [loss.controller for plan in self.plans.values() for loss in plan.losses if loss.controller is not None]
+        self._forwards += 1
+        if held and self._forwards == SETTLED_AFTER and not any(controller.settled for controller in held):
+            warnings.warn(
+                f"this adapter has loss weights that a controller moves, but after {SETTLED_AFTER} training forwards "
+                "nothing has moved them, so they stay at their start; call molora.attach(trainer) once, or "
+                "molora.settle(model) after each optimizer step in your own loop",
                 stacklevel=2,
             )
 
@@ -232,6 +306,14 @@ class Trace:
             "molora.pin(model, gates)"
         )
 
+    def reorder(self, cache: Any, rows: Tensor | None) -> None:
+        """Follow a cache whose rows were picked anew (beams) in what routers remember; None: forget all of it."""
+        past = self._past.get(cache)
+        if past is not None and rows is None:
+            del self._past[cache]
+        elif past is not None:
+            self._past[cache] = {name: _rows_of(value, rows) for name, value in past.items()}
+
     def amend(self, stack: str, context: Context, shape: tuple[int, ...]) -> None:
         """Tell the masks of one stack (an encoder that runs inside or before the forward of its model)."""
         if not self._is_open:
@@ -245,8 +327,8 @@ class Trace:
 
     @property
     def memory(self) -> Memory:
-        """What the routers of the open pass pass on."""
-        return self._now.memory
+        """What the routers of the open pass pass on; in a checkpoint's recompute, of the pass that runs again."""
+        return (self._recomputed() if in_backward() else self._now).memory
 
     @property
     def aux(self) -> AuxLoss:
@@ -255,7 +337,23 @@ class Trace:
 
     def is_silent(self, site: Site) -> bool:
         """Whether a decision at `site` would reach nobody but its own experts, so that a kernel may take it itself."""
-        return not (self.readers or site.shared or self._now.collecting) and self.pins is None and site.column is None
+        told = self.readers or self.edits or self.pins is not None
+        return not (told or site.shared or self._now.collecting) and site.column is None
+
+    def is_private(self, site: Site) -> bool:
+        """Whether a decision at `site` in training would reach nobody but its own experts, as it does for `is_silent`.
+
+        The recompute of a checkpoint gets the answer that its first pass got.
+        """
+        plan = self.plans.get(site.adapter)
+        is_read = self._recomputed().is_read if in_backward() else bool(self.readers or self.edits)
+        alone = not (site.shared or site.edits or site.fixed or is_read) and site.column is None and self.pins is None
+        return alone and (plan is None or not plan.losses)
+
+    def notice(self, site: Site) -> None:
+        """Note that a layer was called, when its decision was taken elsewhere."""
+        if self._called is not None:
+            self._called.add(site.name)
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
@@ -265,9 +363,10 @@ class Trace:
         Raises:
             RoutingError: a shared decision is missing or does not fit this input.
         """
-        now = self._graded if in_backward() else self._now
-        if self._called is not None:
-            self._called.add(site.name)
+        now = self._recomputed() if in_backward() else self._now
+        self.notice(site)
+        if site.fixed and not (isinstance(self.pins, dict) and site.name in self.pins):
+            return torch.ones((1,) * x.dim(), device=x.device)
         hidden = _as_rows(x, now.shape.get(site.stack))
         gates = None if self.pins is None else self._pinned(site, x.device)
         if gates is None:
@@ -275,6 +374,20 @@ class Trace:
         if site.column is not None:
             gates = gates[..., site.column : site.column + 1]
         return _as_input(gates, hidden, x)
+
+    def passes(self, site: Site, router: Router | None, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return what the experts are given, for a site with `edits`: pairs of an input (..., d_in) and its gates."""
+        now = self._recomputed() if in_backward() else self._now
+        hidden = _as_rows(x, now.shape.get(site.stack))
+        pinned = None if self.pins is None else self._pinned(site, x.device)
+        self.notice(site)
+        if pinned is not None:
+            return [(x, _as_input(pinned, hidden, x))]
+        routing = self._routing(site, router, hidden, now)
+        return [
+            (x if view is None else view.reshape(x.shape).to(x.dtype), _as_input(gates, hidden, x))
+            for view, gates in routing.passes or ((None, routing.applied),)
+        ]
 
     def _pinned(self, site: Site, device: torch.device) -> Tensor | None:
         pinned = self.pins
@@ -286,10 +399,12 @@ class Trace:
 
     def _routing(self, site: Site, router: Router | None, hidden: Tensor, now: Pass) -> Routing:
         if now.continuing and site.group in now.decisions:  # a per-prompt decision that came with the cache
-            return _fitting(now.decisions[site.group], site, hidden)
+            return _fitting(_part(now.decisions[site.group], site), site, hidden)
         if router is None:
             return self._shared(site, hidden, now)
         ctx = now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
+        if self.edits:
+            ctx = dataclasses.replace(ctx, edits=tuple((edit, site.name) for edit in self.edits))
         routing = router(hidden, ctx)
         if now.collecting:
             routing = self._collect(site, router, routing, ctx, now, hidden)
@@ -300,7 +415,9 @@ class Trace:
             now.per_prompt.add(site.group)
         if site.shared or router.granularity == "prompt":
             now.decisions[site.group] = routing
-        return routing
+            is_cut = router.has_gradient and not torch.is_grad_enabled()
+            (now.cut.add if is_cut else now.cut.discard)(site.group)
+        return _part(routing, site)
 
     def _shared(self, site: Site, hidden: Tensor, now: Pass) -> Routing:
         if site.group not in now.decisions:
@@ -309,24 +426,29 @@ class Trace:
                 "takes it (or outside of the model's own forward); use share: site for this model"
             )
         routing = now.decisions[site.group]
-        if in_backward() and torch.is_grad_enabled() and now.collecting and not routing.gates.requires_grad:
+        if in_backward() and torch.is_grad_enabled() and now.collecting and site.group in now.cut:
             raise RoutingError(
                 f"layer '{site.name}' shares a decision taken inside another reentrant checkpoint, through which no "
                 'gradient reaches the router; use gradient_checkpointing_kwargs={"use_reentrant": False}, or share: '
                 "block so that the decision is taken inside the same checkpoint"
             )
-        return _fitting(routing, site, hidden)
+        return _fitting(_part(routing, site), site, hidden)
 
     def _collect(
         self, site: Site, router: Router, routing: Routing, ctx: Context, now: Pass, hidden: Tensor
     ) -> Routing:
         if router.price is not None and not in_backward():
-            router.price.observe(routing.selected, ctx.weights(routing.gates))
+            router.observe(routing, ctx)
         plan = self.plans.get(site.adapter)
         if plan is None or not plan.losses:
             return routing
         parts = Parts(router, hidden)
         return now.aux.collect(site.group, routing, ctx, plan.losses, plan.decisions, parts)
+
+
+def _autograd_clock() -> int:
+    """Return the number that autograd gives its next node; it only grows."""
+    return (torch.zeros((), requires_grad=True) * 1).grad_fn._sequence_nr() + 1  # type: ignore[union-attr]
 
 
 def as_gates(pinned: Tensor) -> Tensor:
@@ -353,6 +475,26 @@ def _as_input(gates: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
         return gates
     gates = gates.expand(hidden.shape[0], hidden.shape[1], gates.shape[-1])
     return gates.reshape(*x.shape[:-1], gates.shape[-1])
+
+
+def _rows_of(remembered: Any, rows: Tensor) -> Any:
+    """Pick rows of what a router remembers: a tensor (B, ...), or a mapping or sequence of them."""
+    if isinstance(remembered, Tensor):
+        return remembered.index_select(0, rows.to(remembered.device))
+    if isinstance(remembered, dict):
+        return {name: _rows_of(value, rows) for name, value in remembered.items()}
+    if isinstance(remembered, (list, tuple)):
+        return type(remembered)(_rows_of(value, rows) for value in remembered)
+    return remembered
+
+
+def _part(routing: Routing, site: Site) -> Routing:
+    """Return the decision (B, S, E) of one site out of those of its group (B, S, n E)."""
+    if site.part is None:
+        return routing
+    start, experts = site.part
+    own = slice(start * experts, (start + 1) * experts)
+    return Routing(routing.scores[..., own], routing.probs[..., own], routing.gates[..., own])
 
 
 def _fitting(routing: Routing, site: Site, hidden: Tensor) -> Routing:

@@ -2,7 +2,7 @@
 
 Hooks see the loss only when the model computes it. With label smoothing, a `compute_loss_func`, or a trainer that
 builds its loss from logits, the loss is formed outside; `attach(trainer)` adds the auxiliary loss there, with the same
-scaling. It also moves schedules and prices with the optimizer's steps.
+scaling, and runs the batch as often as an `objective` wants. It also moves schedules and prices with the optimizer's steps.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ..compat import labels_are_shifted, world_size_of
 from ..control import set_progress, settle, trace_of
+from .objectives import objective_of, run
 
 
 class ProgressCallback(TrainerCallback):
@@ -60,8 +62,15 @@ def attach(trainer: Any) -> Any:
         if scaled and total is not None and isinstance(labels, Tensor):
             counted = labels[..., 1:] if shifted else labels
             share = (counted != -100).sum() / total * world_size_of(trainer)
-        with trace.gathering():
-            result = inner(model, inputs, return_outputs=return_outputs, **kwargs)
+        objective = objective_of(trainer.model) if model.training and torch.is_grad_enabled() else None
+        with trace.gathering(hold=objective is not None):
+            if objective is None:
+                result = inner(model, inputs, return_outputs=return_outputs, **kwargs)
+            else:
+                # a copy each time, since Trainer takes labels out
+                once = functools.partial(inner, model, return_outputs=True, **kwargs)
+                result = run(trace, objective, lambda: once(dict(inputs)), labels, shifted, share)
+                result = result if return_outputs else result[0]
         loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
         if model.training and trace.aux.pending:
             loss = trace.aux.add_to(loss, share)

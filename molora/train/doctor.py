@@ -114,7 +114,7 @@ def _experts(first: Step, second: Step, idle: set[str]) -> Iterator[Finding]:
         yield Finding("fail", f"experts get no gradient in {_some(silent, second.B)}", HIDES)
         return
     # an A that was not used in the first step has a B that is still zero
-    still = [site for site in used if first.B[site] > 0 and second.A[site] == 0]
+    still = [site for site in used if first.B[site] > 0 and second.A.get(site) == 0]
     if still:
         yield Finding("fail", f"A of the experts gets no gradient in {_some(still, second.A)}, B does", HIDES)
         return

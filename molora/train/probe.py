@@ -84,9 +84,8 @@ class Probe:
         flat = []
         for site, layer in self.layers.items():
             bank = layer.molora_bank[self.adapter]
-            for name, parameter in (("A", bank.A), ("B", bank.Bt)):
-                if parameter.requires_grad:
-                    parts[name][site] = _largest([parameter])
+            for name, parameters in bank.gradients().items():
+                parts[name][site] = _largest(parameters)
             if self.adapter in layer.molora_router:
                 trained = [p for p in layer.molora_router[self.adapter].parameters() if p.requires_grad]
                 if trained:

@@ -61,7 +61,7 @@ def test_it_decides_as_the_router_does(selector, bias):
         for rows in (slice(0, 3), slice(0, 1)):
             found = y[rows].clone()
             call = routed.Routed(bank, router.scorer, router.price, bank.layout, router.plain_form())
-            call._is_sparse = True  # so that it also takes many tokens, whatever pays
+            call._takes_many = True  # so that it also takes many tokens, whatever pays
             assert call.add_to(found, x[rows])
             torch.testing.assert_close(found, wanted[rows], rtol=1e-5, atol=1e-5)
 

@@ -10,7 +10,8 @@ from scipy.stats import entropy as scipy_entropy
 import molora
 from molora.control import routed_layers, trace_of
 from molora.errors import ConfigError, LoadError
-from molora.routing.metrics import Usage, change_rate
+from molora.routing.diagnostics import change_rate
+from molora.routing.metrics import Usage
 from molora.routing.trace import Site
 from molora.routing.types import Context, Routing
 from tests.tiny import tiny_bert_classifier, tiny_inputs, tiny_llama
