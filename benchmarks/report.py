@@ -100,7 +100,8 @@ def markdown(run: dict[str, Any]) -> str:
         f"{where['processor']}, {where['cores']} cores, {where['threads_used']} thread used ({where['vector_units']}), "
         f"load average {_loads(where)} at the start; {where['date']}; "
         f"Python {where['python']}, torch {where['torch']}, PEFT {where['peft']}, "
-        f"transformers {where['transformers']}, molora {where['molora']}. Took {run['minutes']:.1f} minutes.",
+        f"transformers {where['transformers']}, molora {where['molora']}. "
+        f"Took {run['minutes']:.1f} minutes. {run.get('note', '')}".strip(),
         "",
         "Processor time of one thread. Each figure is the median, over interleaved rounds, of the ratio to the frozen "
         "base timed right before and after; in brackets the quartiles. Milliseconds are medians. Experts and LoRAs "

@@ -27,8 +27,6 @@ from .timing import Plain, Result, Work, race, saved_bytes
 
 BASE = "frozen base"
 OURS = "molora E=8 k=2"
-
-
 LEAST = 3  # rounds: fewer have no quartiles to speak of
 
 

@@ -29,30 +29,41 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from . import report, sections
+from .budget import Budget, Part
+from .models import Shape
 from .scaling import scaling
 from .sections import FULL, QUICK, Field, Sizes
 
-Section = Callable[[Field, float], dict[str, Any]]
 
-
-def plan(sizes: Sizes) -> dict[str, tuple[float, Section]]:
-    """Return the sections by name, with their shares of the time; the building of models counts in."""
+def plan(sizes: Sizes) -> dict[str, Part]:
+    """Return the sections by name; their seconds were measured with FULL sizes on two cores, one of them at work."""
     narrow, wide = sizes.narrow, sizes.wide
-    found: dict[str, tuple[float, Section]] = {
-        "training": (26, lambda field, until: sections.training(field, narrow, until)),
-        "prefill": (12, lambda field, until: sections.prefill(field, narrow, until)),
-        "decode": (12, lambda field, until: sections.decode(field, narrow.with_layers(sizes.decode_layers), until)),
-        "wide training": (9, lambda field, until: sections.training(field, wide, until)),
-        "wide prefill": (5, lambda field, until: sections.prefill(field, wide, until)),
-        "wide decode": (4, lambda field, until: sections.decode(field, wide, until)),
+    deep = narrow.with_layers(sizes.decode_layers)
+    found = {
+        "training": Part(partial(_whole, sections.training, narrow), 80, 52, 26),
+        "prefill": Part(partial(_whole, sections.prefill, narrow), 35, 25, 12),
+        "decode": Part(partial(_whole, sections.decode, deep), 45, 1.8, 12),
+        "wide training": Part(partial(_whole, sections.training, wide), 60, 37, 9),
+        "wide prefill": Part(partial(_whole, sections.prefill, wide), 30, 23, 5),
+        "wide decode": Part(partial(_whole, sections.decode, wide), 15, 0.7, 4),
     }
     for rows, layers in sizes.batches:
-        share = 12 if rows <= 16 else 10
-        found[f"tenants {rows}"] = (share, partial(_tenants, rows, layers))
-    for what, share in (("experts", 5), ("active", 3), ("length", 3), ("batch", 1)):
-        found[f"by {what}"] = (share, partial(_scaling, what))
-    found["slots"] = (4, lambda field, until: sections.slots(field, until))
+        few = rows <= 16
+        costs = (40, 3, 12) if few else (60, 2.4, 10)
+        found[f"tenants {rows}"] = Part(partial(_tenants, rows, layers), *costs)
+    for what, setup, seconds, share in (
+        ("experts", 5, 3.0, 5),
+        ("active", 5, 2.5, 3),
+        ("length", 5, 2.5, 3),
+        ("batch", 1, 0.6, 1),
+    ):
+        found[f"by {what}"] = Part(partial(_scaling, what), setup, seconds, share)
+    found["slots"] = Part(sections.slots, 60, 0, 1)
     return found
+
+
+def _whole(section: Callable[..., dict[str, Any]], shape: Shape, field: Field, until: float) -> dict[str, Any]:
+    return section(field, shape, until)
 
 
 def _tenants(rows: int, layers: int, field: Field, until: float) -> dict[str, Any]:
@@ -90,11 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(
     sizes: Sizes,
-    chosen: dict[str, tuple[float, Section]],
+    chosen: dict[str, Part],
     minutes: float,
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Run the sections inside of a budget; what one does not use, the next ones get.
+    """Run the sections inside of a budget (see budget.py); what one does not use, the next ones get.
 
     The results so far are saved after every section, so that a run that is cut short leaves what it measured.
     """
@@ -103,22 +114,21 @@ def measure(
     logging.disable(logging.WARNING)
     where, field = report.machine(), Field(sizes)
     start = time.monotonic()
-    end = start + 60 * minutes
-    left = sum(share for share, _ in chosen.values())
+    budget = Budget(minutes, chosen)
     results: dict[str, dict[str, Any]] = {}
     done: dict[str, Any] = {}
     try:
-        for name, (share, run) in chosen.items():
+        for name, part in chosen.items():
             began = time.monotonic()
-            until = began + max(0.0, end - began) * share / left
-            left -= share
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                results[name] = run(field, until)
+                results[name] = part.run(field, budget.begin(name))
+            budget.finish(name, results[name])
             gc.collect()
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             took = (time.monotonic() - start) / 60
-            done = {"machine": where, "minutes": took, "goals": report.goals(results), "sections": results}
+            done = {"machine": where, "minutes": took, "note": budget.note(), "goals": report.goals(results)}
+            done["sections"] = results
             save(done)
     finally:
         field.close()

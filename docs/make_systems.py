@@ -28,6 +28,7 @@ USUAL: dict[str, Any] = {
     "link": "softmax",
     "granularity": "token",
     "share": "site",
+    "per_site": False,
     "weights": "own",
 }
 PARTS = (
@@ -40,6 +41,7 @@ PARTS = (
     "granularity",
     "pool",
     "share",
+    "per_site",
     "branches",
     "losses",
     "objective",
@@ -78,18 +80,35 @@ def proofs() -> dict[str, list[tuple[str, str]]]:
     """Return, per recipe, the tests that prove it: path and name."""
     found: dict[str, list[tuple[str, str]]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tables = _tables(tree)
+        for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                for system in _proved(node.decorator_list):
+                for system in _proved(node.decorator_list, tables):
                     found.setdefault(system, []).append((str(path.relative_to(ROOT)), node.name))
     return found
 
 
-def _proved(decorators: list[ast.expr]) -> Iterator[str]:
+def _tables(tree: ast.Module) -> dict[str, list[str]]:
+    """Return the keys of the dicts, or the entries of the lists, that a test file names at its top level."""
+    tables = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            entries = getattr(node.value, "keys", None) or getattr(node.value, "elts", None) or []
+            tables[node.targets[0].id] = [e.value for e in entries if isinstance(e, ast.Constant)]
+    return tables
+
+
+def _proved(decorators: list[ast.expr], tables: Mapping[str, list[str]]) -> Iterator[str]:
     for one in decorators:
         if isinstance(one, ast.Call) and isinstance(one.func, ast.Attribute) and one.func.attr == "proves":
             for argument in one.args:
-                yield ast.literal_eval(argument)
+                if isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Name):
+                    yield from tables[argument.value.id]  # proves(*EQUATIONS)
+                elif isinstance(argument, ast.Starred):
+                    yield from ast.literal_eval(argument.value)
+                else:
+                    yield ast.literal_eval(argument)
 
 
 def parts(name: str) -> str:

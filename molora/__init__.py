@@ -12,6 +12,7 @@ from .control import add_aux, drop_aux, edit, pin, record, report, set_progress,
 from .errors import AuxLossError, ConfigError, DataError, LoadError, MoloraError, RoutingError
 from .from_peft import import_peft
 from .growth import few_shot, grow
+from .hub.compose import compose, live, using_experts
 from .kernels.choose import kernel
 from .to_peft import export_peft
 from .train.attach import attach
@@ -31,6 +32,7 @@ __all__ = [
     "RoutingError",
     "add_aux",
     "attach",
+    "compose",
     "doctor",
     "drop_aux",
     "edit",
@@ -39,6 +41,7 @@ __all__ = [
     "grow",
     "import_peft",
     "kernel",
+    "live",
     "load",
     "objective_loss",
     "pin",
@@ -49,6 +52,7 @@ __all__ = [
     "set_progress",
     "settle",
     "using",
+    "using_experts",
     "wrap",
     "write_expert",
 ]

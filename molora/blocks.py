@@ -34,9 +34,9 @@ from torch.nn import functional as F
 from .errors import RoutingError
 from .kernels.layout import leading
 
-# A token whose gates sum to 1 needs no row of the plain block. Sums of float32 gates are 1 up to some 1e-7. Gates that
-# are normalised give the same gradient with and without that row, since adding a constant to all experts changes no
-# normalised mixture.
+# A token whose gates sum to 1 needs no row of the plain block; sums of float32 gates are 1 up to some 1e-7. What
+# rounding leaves goes to the token's largest gate. Normalised gates get the same gradient that way, since adding a
+# constant to all experts changes no normalised mixture; and where all experts are equal, it is exactly zero.
 SUM_TOLERANCE = 4e-6
 
 
@@ -77,6 +77,10 @@ def rows_of(gates: Tensor, x: Tensor, every: bool = False) -> Rows:
     flat = leading(gates, x)
     tokens, experts = flat.shape
     rest = 1 - flat.sum(-1)
+    is_plain = rest.detach().abs() > SUM_TOLERANCE
+    largest = F.one_hot(flat.argmax(-1), experts).bool() & ~is_plain[:, None]
+    flat = torch.where(largest, flat + rest[:, None], flat)
+    rest = torch.where(is_plain, rest, torch.zeros_like(rest))
     if torch.compiler.is_compiling():  # a compiler wants shapes that do not depend on the gates
         token = torch.arange(tokens, device=x.device).repeat(experts + 1)
         expert = torch.arange(experts, device=x.device).repeat_interleave(tokens)
@@ -84,7 +88,7 @@ def rows_of(gates: Tensor, x: Tensor, every: bool = False) -> Rows:
     else:
         wanted = torch.ones_like(flat, dtype=torch.bool) if every else flat != 0
         expert, owner = wanted.t().nonzero(as_tuple=True)
-        plain = (rest.abs() > SUM_TOLERANCE).nonzero().squeeze(1)
+        plain = is_plain.nonzero().squeeze(1)
         token = torch.cat([owner, plain])
         weight = torch.cat([flat[owner, expert], rest[plain]])
     return Rows(token, F.one_hot(expert, experts).to(torch.float32), weight[:, None], x.shape[:-1])

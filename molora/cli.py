@@ -1,7 +1,8 @@
 """The `molora` command: parse, call, print.
 
 This file imports the standard library only, so that help and mistakes in the arguments need nothing else; the work is
-in commands.py. Exit codes: 0 good, 1 the doctor found something or molora failed, 2 bad input, 130 interrupted.
+in commands.py. Exit codes: 0 good, 1 molora failed or a check (doctor, hub verify, hub diff) found something, 2 bad
+input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 MODEL_HELP = "folder or Hub name of the base model"
 DATA_HELP = (
@@ -45,6 +46,14 @@ their way. Exits with 1 when something fails.
 example:
   molora doctor dynmole --model ./minilm --data news=news.jsonl --grad-accum 4"""
 
+HUB = """Keep a library of adapters: add, check, find, compare, and bring them from elsewhere.
+
+example:
+  molora hub list
+  molora hub add runs/news news --task topic --licence apache-2.0
+  molora hub search headlines
+  molora hub verify"""
+
 
 class UsageError(Exception):
     """A mistake in the arguments."""
@@ -57,6 +66,14 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("allow_abbrev", False)
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.fill: Callable[[], None] | None = None  # adds arguments once they are needed
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Add the arguments of a command that has many, then parse."""
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill()
+        return super().parse_known_args(*args, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
@@ -73,6 +90,7 @@ def build_parser() -> Parser:
         ("inspect", _inspect, INSPECT),
         ("recipes", _recipes, RECIPES),
         ("doctor", _doctor, DOCTOR),
+        ("hub", _hub, HUB),
     ):
         command = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)
         add(command)
@@ -152,6 +170,15 @@ def _doctor(command: Parser) -> None:
     _add_base(command)
     _add_task_type(command)
     _add_fields(command)
+
+
+def _hub(command: Parser) -> None:
+    def fill() -> None:
+        from molora.hub.parser import add_hub  # only when it is asked for
+
+        add_hub(command)
+
+    command.fill = fill
 
 
 def _add_set(command: Parser) -> None:

@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
 
     logging.set_verbosity_error()  # what matters is said by molora
     getLogger("bitsandbytes").setLevel(ERROR)
-    command = {"train": train, "eval": evaluate, "inspect": inspect, "recipes": recipes, "doctor": doctor}[args.command]
+    commands = {"train": train, "eval": evaluate, "inspect": inspect, "recipes": recipes, "doctor": doctor, "hub": hub}
+    command = commands[args.command]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"molora\.")
@@ -175,7 +176,7 @@ def recipes(args: argparse.Namespace) -> int:
             print(f"{kind}")
             for entry in entries:
                 options = ", ".join(entry["options"])
-                print(f"  {entry['name']:<16}{entry['summary']}" + (f"\n{'':18}options: {options}" if options else ""))
+                print(f"  {entry['name']:<23} {entry['summary']}" + (f"\n{'':26}options: {options}" if options else ""))
         return 0
     listed = [recipe_facts(name) for name in recipe_names()]
     if args.json:
@@ -205,17 +206,21 @@ def recipe_facts(name: str) -> dict[str, Any]:
 
 def components() -> dict[str, list[dict[str, Any]]]:
     """Return every registered component by kind: name, first line of its docstring, options with their defaults."""
+    from .experts.forms import forms
     from .routing.controllers import controllers
     from .routing.entropy import entropies
+    from .routing.features import features
     from .routing.links import links
     from .routing.losses import losses
+    from .routing.objectives import objectives
     from .routing.price import prices
     from .routing.router import pools
     from .routing.schedules import schedules
     from .routing.scorers import scorers
     from .routing.selectors import selectors
 
-    registries: list[Registry] = [scorers, links, selectors, prices, pools, losses, schedules, controllers, entropies]
+    routing: list[Registry] = [features, scorers, links, selectors, prices, pools, losses, objectives]
+    registries = [forms, *routing, schedules, controllers, entropies]
     return {registry.kind: [_component(registry, name) for name in registry] for registry in registries}
 
 
@@ -251,3 +256,13 @@ def doctor(args: argparse.Namespace) -> int:
     )
     print(json.dumps([dataclasses.asdict(f) for f in findings], indent=1) if args.json else findings_text(findings))
     return int(any(finding.level == "fail" for finding in findings))
+
+
+# --- hub --------------------------------------------------------------------------------------------------------------
+
+
+def hub(args: argparse.Namespace) -> int:
+    """Run a command on a library of adapters."""
+    from .hub.commands import run
+
+    return run(args)

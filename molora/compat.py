@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 
 PREFIX = "molora_"
@@ -72,6 +72,10 @@ class Arguments:
             if value is not None:
                 return value
         return None
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return all arguments by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 def labels_are_shifted(model: nn.Module) -> bool:

@@ -76,9 +76,10 @@ class MoloraConfig(PeftConfig):
         exclude_modules: names or a regex of layers to leave alone.
         modules_to_save: base modules trained and saved whole, such as a new head.
         experts: `{form, num, rank, alpha, scaling, rslora, dropout, frozen, init, names}`. `form` is `lora`, `rank`,
-            `shared_a` or `module`. `num` may be a list, stretched over the depth (MoLA). `rank` may be a list, one per
-            expert. The delta is scaled by `scaling`, else alpha / rank (alpha / sqrt(rank) with `rslora`). `frozen` is
-            a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from. `null`
+            `shared_a`, `module` or `block` (an expert is a whole MLP; other layers have one LoRA each), or another
+            form of experts/forms.py. `num` may be a list, stretched over the depth (MoLA). `rank` may be a list, one
+            per expert. The delta is scaled by `scaling`, else alpha / rank (alpha / sqrt(rank) with `rslora`).
+            `frozen` is a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from. `null`
             experts take part in the choice and do nothing; `shared` experts come after the `num` routed ones and are
             always on, with weight `shared_weight` (times a learned sigmoid with `shared_gate: sigmoid`). `num` may also
             be a profile over the depth, `{profile, min, max, total}` (plan.over_depth). `pool` makes layers of equal
@@ -149,7 +150,8 @@ class MoloraConfig(PeftConfig):
         for kind, registry in (("scorer", scorers), ("link", links), ("selector", selectors), ("pool", pools)):
             found += registry.problems(getattr(self, kind)) + _schedule_problems(getattr(self, kind), kind)
         found += check_branches(self.branches, self.mix, {key: getattr(self, key) for key in BRANCH_KEYS})
-        found += check_price(self.price) + check_objective(self.objective) + _schedule_problems(self.objective, "objective")
+        found += check_objective(self.objective) + _schedule_problems(self.objective, "objective")
+        found += check_price(self.price)
         for feature in listed(self.feature):
             found += features.problems(feature) + _schedule_problems(feature, "feature")
         if self.weights not in WEIGHTS:
@@ -300,8 +302,8 @@ def _expert_problems(experts: Any, where: str, partial: bool) -> list[str]:
             found.append(f"{where}.{key} must be a whole number >= 0, got {value!r}")
     if full.get("pool", "none") not in POOLS:
         found.append(f"{where}.pool {full['pool']!r} is unknown; known: {', '.join(POOLS)}")
-    elif full.get("pool", "none") != "none" and full.get("form", "lora") not in FORMS:
-        found.append(f"{where}.pool needs a form of stacked low-rank experts: {', '.join(FORMS)}")
+    elif full.get("pool", "none") != "none" and full.get("form", "lora") not in (*FORMS, "block"):
+        found.append(f"{where}.pool needs a form of stacked low-rank experts: {', '.join(FORMS)}, block")
     if full.get("shared_gate", "none") not in SHARED_GATES:
         found.append(f"{where}.shared_gate {full['shared_gate']!r} is unknown; known: {', '.join(SHARED_GATES)}")
     for key, may_be_negative in (("shared_weight", True), ("alpha", False), ("scaling", True)):

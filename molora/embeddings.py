@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +29,9 @@ from .layers import RoutedLayer
 class EmbeddingBank(ExpertBank):
     """Stacked low-rank experts of an embedding; arguments as for ExpertBank, with the vocabulary as d_in."""
 
-    def __init__(self, d_in: int, d_out: int, ranks: list[int], *, init: str | float = "kaiming", **options: Any) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, ranks: list[int], *, init: str | float = "kaiming", **options: Any
+    ) -> None:
         if options.get("dropout"):
             raise ConfigError("experts.dropout cannot act on token ids; give embeddings dropout 0.0 in `layers`")
         super().__init__(d_in, d_out, ranks, init=init, **options)

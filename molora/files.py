@@ -13,21 +13,41 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ConfigError, LoadError
+from .headers import MAX_HEADER, PICKLES, TensorInfo, read_header, shown
+
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "INCOMING",
+    "MAX_CONFIG",
+    "MAX_HEADER",
+    "PICKLES",
+    "WEIGHTS",
+    "Contents",
+    "TensorInfo",
+    "finish",
+    "local_folder",
+    "look",
+    "mention_molora",
+    "not_finite",
+    "read_config",
+    "read_header",
+    "replacing",
+]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 INCOMING = ".incoming"  # a complete set of new files on its way into the folder around it
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 HOW_TO_LOAD = """## How to load this adapter
 
@@ -41,27 +61,8 @@ model = PeftModel.from_pretrained(base_model, "path/or/repository")  # or: molor
 ```
 """
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 MAX_CONFIG = 16_000_000
-# Bytes per element; the sub-byte types of newer safetensors never hold adapters.
-DTYPE_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
-}
-
-
-class TensorInfo(NamedTuple):
-    """What a safetensors header says about one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def is_floating(self) -> bool:
-        """Whether its values are real floating numbers."""
-        return "F" in self.dtype  # F16, BF16, F32, F64, F8_...
+PIECE = 1_000_000  # values that are looked at at once
 
 
 @dataclass
@@ -87,15 +88,8 @@ class Contents:
                 yield name, weights.get_tensor(name)
 
     def not_finite(self) -> list[str]:
-        """Return a problem for each tensor that holds NaN or Inf."""
-        try:
-            return [
-                f"tensor '{name}' holds NaN or Inf"
-                for name, tensor in self.read()
-                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()
-            ]
-        except SafetensorError as error:
-            return [f"{WEIGHTS} cannot be read: {error}"]
+        """Return a problem for each tensor that holds NaN or Inf; some megabytes are in memory at a time."""
+        return not_finite(self.folder / WEIGHTS, self.tensors)
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -141,101 +135,45 @@ def look(folder: Path) -> Contents:
     return contents
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the content of an adapter_config.json; raise LoadError when it is missing or is no JSON mapping."""
-    if not path.is_file():
-        raise LoadError(f"{path.name} is missing")
-    if path.stat().st_size > MAX_CONFIG:
-        raise LoadError(f"{path.name} has {path.stat().st_size:,} bytes, which no adapter needs")
+def not_finite(file: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return a problem for each of these tensors of a safetensors file that holds NaN or Inf, read piece by piece."""
+    found = []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also bad UTF-8 and absurd numbers
-        raise LoadError(f"{path.name} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise LoadError(f"{path.name} must hold a mapping, got {type(content).__name__}")
-    return content
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Check the header of a safetensors file against the file, and return what it says.
-
-    Raises:
-        LoadError: the file is missing, a pickle is offered in its place, or it is truncated, corrupt or hostile.
-    """
-    if not path.is_file():
-        pickles = sorted(p.name for p in path.parent.glob("adapter_model.*") if p.suffix in PICKLES)
-        if pickles:
-            raise LoadError(
-                f"{path.name} is missing; {pickles[0]} is a pickle, which can run any code and is never loaded: "
-                "have it saved as safetensors"
-            )
-        raise LoadError(f"{path.name} is missing")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8:
-            raise LoadError(f"{path.name} is truncated: it has {size} bytes, not even the 8 of its length field")
-        if length > MAX_HEADER:
-            raise LoadError(
-                f"{path.name} is not safetensors, or hostile: its header claims {length:,} bytes, "
-                f"{MAX_HEADER:,} are allowed"
-            )
-        if length > size - 8:
-            raise LoadError(f"{path.name} is truncated: its header has {length:,} bytes, the file {size:,}")
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{path.name} is corrupt: its header is not readable JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise LoadError(f"{path.name} is corrupt: its header must be a mapping, got {type(header).__name__}")
-    header.pop("__metadata__", None)
-    return _check_layout(path.name, header, size - 8 - length)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return mapping
-
-
-def _check_layout(file: str, header: dict[str, Any], available: int) -> dict[str, TensorInfo]:
-    """Check that the tensors of a header lie side by side, without gap or overlap, and fill the file exactly."""
-    found: dict[str, TensorInfo] = {}
-    spans = []
-    for name, entry in header.items():
-        dtype, shape, span = (_get(entry, key) for key in ("dtype", "shape", "data_offsets"))
-        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-            raise LoadError(f"{file} is corrupt: tensor '{name}' has the unknown dtype {dtype!r}")
-        if not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
-            raise LoadError(f"{file} is corrupt: tensor '{name}' has shape {shape!r} and offsets {span!r}")
-        if span[1] - span[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
-            raise LoadError(
-                f"{file} is corrupt: tensor '{name}' of shape {shape} and dtype {dtype} cannot fill bytes {span}"
-            )
-        spans.append((span[0], span[1], name))
-        found[name] = TensorInfo(dtype, tuple(shape))
-    end = 0
-    for start, stop, name in sorted(spans):
-        if start != end:
-            what = "overlaps the one before it" if start < end else f"leaves a gap of {start - end} bytes before it"
-            raise LoadError(f"{file} is corrupt: tensor '{name}' {what}")
-        end = stop
-    if end > available:
-        raise LoadError(f"{file} is truncated: its tensors need {end:,} bytes, {available:,} are there")
-    if end < available:
-        raise LoadError(f"{file} is corrupt: {available - end:,} bytes follow its last tensor")
+        with safe_open(file, framework="pt", device="cpu") as weights:
+            for name, info in tensors.items():
+                if info.is_floating and not all(
+                    torch.isfinite(part.float()).all() for part in _parts(weights, name, info)
+                ):
+                    found.append(f"tensor '{name}' holds NaN or Inf")
+    except SafetensorError as error:
+        return [f"{file.name} cannot be read: {error}"]
     return found
 
 
-def _get(entry: Any, key: str) -> Any:
-    return entry.get(key) if isinstance(entry, dict) else None
+def _parts(weights: Any, name: str, info: TensorInfo) -> Iterator[Tensor]:
+    """Yield a tensor in groups of rows of about PIECE values."""
+    if not info.shape or 0 in info.shape:
+        yield weights.get_tensor(name)
+        return
+    rows = max(1, PIECE * info.shape[0] // math.prod(info.shape))
+    piece = weights.get_slice(name)
+    for start in range(0, info.shape[0], rows):
+        yield piece[start : start + rows]
 
 
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+def read_config(path: Path, max_bytes: int = MAX_CONFIG) -> dict[str, Any]:
+    """Return the content of an adapter_config.json; raise LoadError when it is missing or is no JSON mapping."""
+    if not path.is_file():
+        raise LoadError(f"{path.name} is missing")
+    if path.stat().st_size > max_bytes:
+        raise LoadError(f"{path.name} has {path.stat().st_size:,} bytes, {max_bytes:,} are allowed")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also bad UTF-8 and absurd numbers
+        raise LoadError(f"{path.name} is not readable JSON: {shown(error)}") from None
+    if not isinstance(content, dict):
+        raise LoadError(f"{path.name} must hold a mapping, got {type(content).__name__}")
+    return content
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

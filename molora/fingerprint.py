@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 SAMPLED_TENSORS = 12
 SAMPLED_VALUES = 8
+_PLAIN_LORA = re.compile(r"\.lora_(A|B|dropout|embedding_A|embedding_B|magnitude_vector|bias)\.")  # what PEFT adds
 
 
 def fingerprint(layers: Iterable[tuple[str, int, int]], weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def differences(saved: Mapping[str, Any], model: Mapping[str, Any], weights: Map
         model: the fingerprint of the model at hand.
         weights: its parameters by path; saved samples without a usable tensor here (quantised) are not compared.
     """
-    if not _is_well_formed(saved):
+    if not is_well_formed(saved):
         return ["the fingerprint in its config is damaged, so the base cannot be checked"]
     found = []
     if saved["structure"] != model["structure"]:
@@ -62,27 +63,49 @@ def differences(saved: Mapping[str, Any], model: Mapping[str, Any], weights: Map
         weight = weights.get(name)
         if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
             continue
-        here = _sample(weight)
-        precision = max(torch.finfo(getattr(torch, s["dtype"])).eps for s in (sample, here))
-        mine, theirs = torch.tensor(here["values"]), torch.tensor(sample["values"])
-        # two roundings: a value may have been saved in one dtype and read in another
-        if not torch.allclose(mine, theirs, rtol=2 * precision, atol=1e-8):
+        if not _agree(sample, _sample(weight)):
             found.append(f"the base weight '{name}' has other values than when the adapter was trained")
     return found
 
 
-def _is_well_formed(saved: Any) -> bool:
+def conflicts(saved: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return how two fingerprints differ, without a model; only weights that both sampled are compared."""
+    if not is_well_formed(saved) or not is_well_formed(other):
+        return ["the fingerprint of its base is damaged, so the base cannot be checked"]
+    found = []
+    if saved["structure"] != other["structure"]:
+        found.append("it was trained on a base with other linear layers")
+    shared = sorted(saved["samples"].keys() & other["samples"].keys())
+    changed = [name for name in shared if not _agree(saved["samples"][name], other["samples"][name])]
+    return found + [f"the weight '{name}' of its base has other values" for name in changed]
+
+
+def _agree(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    precision = max(torch.finfo(getattr(torch, sample["dtype"])).eps for sample in (one, two))
+    a, b = (torch.tensor(sample["values"], dtype=torch.float64) for sample in (one, two))
+    # two roundings: a value may have been saved in one dtype and read in another
+    return torch.allclose(a, b, rtol=2 * precision, atol=1e-8)
+
+
+def is_well_formed(saved: Any) -> bool:
+    """Whether saved data, from a file, is a fingerprint at all."""
     samples = saved.get("samples") if isinstance(saved, Mapping) else None
     return (
         isinstance(samples, Mapping)
-        and "structure" in saved
-        and all(
-            isinstance(sample, Mapping)
-            and isinstance(getattr(torch, str(sample.get("dtype")), None), torch.dtype)
-            and isinstance(sample.get("values"), list)
-            and all(isinstance(value, (int, float)) for value in sample["values"])
-            for sample in samples.values()
-        )
+        and isinstance(saved.get("structure"), str)
+        and all(isinstance(name, str) and _is_sample(sample) for name, sample in samples.items())
+    )
+
+
+def _is_sample(sample: Any) -> bool:
+    if not isinstance(sample, Mapping) or not isinstance(sample.get("values"), (list, tuple)):
+        return False
+    dtype = getattr(torch, str(sample.get("dtype")), None)
+    return (
+        isinstance(dtype, torch.dtype)
+        and dtype.is_floating_point
+        and len(sample["values"]) == SAMPLED_VALUES
+        and all(isinstance(value, float) or (type(value) is int and abs(value) < 2**63) for value in sample["values"])
     )
 
 
@@ -101,7 +124,7 @@ def of_model(
 
     def base_path(name: str) -> str | None:
         path = name.replace(".base_layer", "").replace(".original_module", "")
-        is_added = "molora_" in name or ".modules_to_save." in name
+        is_added = "molora_" in name or ".modules_to_save." in name or _PLAIN_LORA.search(name)
         return None if is_added or (heads is not None and heads.match(path)) else path
 
     weights = {path: weight for name, weight in model.named_parameters() if (path := base_path(name))}

@@ -23,7 +23,7 @@ from .config import MoloraConfig, build_config
 from .control import routed_layers
 from .errors import ConfigError, LoadError, raise_all
 from .files import Contents, local_folder, look
-from .plan import form_of, regex_of, targets_of
+from .plan import form_of, regex_of, targets_of, why_not_pattern
 from .undo import undone_on_error
 from .wrapping import wrap
 
@@ -53,7 +53,7 @@ _UNIFORM = {"scorer": {"name": "linear", "init": 0.0}, "selector": "softmax"}
 
 
 @dataclass
-class _Pair:
+class Pair:
     """One low-rank pair of a LoRA file: its tensor names, its rank, and the factor PEFT multiplies it with."""
 
     A: str
@@ -63,12 +63,13 @@ class _Pair:
 
 
 @dataclass
-class _Lora:
-    """A LoRA folder: its pairs by path of the layer."""
+class Lora:
+    """A LoRA folder: its pairs by path of the layer; `room` is the least rank that its expert gets in every layer."""
 
     label: str
     contents: Contents
-    pairs: dict[str, _Pair] = field(default_factory=dict)
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    room: int = 1
 
 
 def import_peft(
@@ -106,12 +107,27 @@ def import_peft(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     sizes = compat.linear_sizes_of(base)
     labels = _labels(dirs, names)
-    loras = [_Lora(label, look(local_folder(path))) for label, path in zip(labels, dirs, strict=True)]
+    loras = [Lora(label, look(local_folder(path))) for label, path in zip(labels, dirs, strict=True)]
     problems = []
     for lora in loras:
-        found = _read_lora(lora, sizes)
+        found = read_lora(lora, sizes)
         problems += [f"'{lora.label}': {problem}" for problem in found]
     raise_all(problems, LoadError, "these LoRAs cannot all become experts")
+    return mix(model, loras, recipe, adapter_name, changes)
+
+
+def mix(
+    model: nn.Module,
+    loras: Sequence[Lora],
+    recipe: str | Path | Mapping[str, Any] | MoloraConfig,
+    adapter_name: str,
+    changes: Mapping[str, Any],
+) -> PeftModel:
+    """Return the mixture whose experts are these LoRAs, which were read without problems; see `import_peft`.
+
+    A pair without tensor names, `Pair("", "", rank, 0.0)`, keeps room of that rank in its layer, filled with zeros.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = _mixture_config(loras, compat.module_paths(base), recipe, changes)
     with undone_on_error(model):
         peft_model = _wrapped(model, config, adapter_name)
@@ -121,7 +137,11 @@ def import_peft(
         for slot, lora in enumerate(loras):
             tensors = dict(lora.contents.read())
             for path, pair in lora.pairs.items():
-                layers[path].molora_bank[adapter_name].write(slot, tensors[pair.A], tensors[pair.B], pair.scale)
+                bank = layers[path].molora_bank[adapter_name]
+                if pair.A:
+                    bank.write(slot, tensors[pair.A], tensors[pair.B], pair.scale)
+                else:
+                    bank.clear(slot)
     return peft_model
 
 
@@ -134,13 +154,33 @@ def _labels(dirs: Sequence[str | Path], names: Sequence[str] | None) -> list[str
     return [name if own.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(own)]
 
 
-def _read_lora(lora: _Lora, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Fill in the pairs of a LoRA; returns everything that keeps it from being an expert."""
+def lora_problems(contents: Contents, sizes: Mapping[str, tuple[int, int]] | None = None) -> tuple[list[str], int]:
+    """Return what keeps a LoRA's config and header from being an expert, and its largest rank; no tensor is read.
+
+    Args:
+        contents: of its folder, without problems of their own.
+        sizes: (d_in, d_out) of the linear layers of the base by path; without them A and B must fit each other.
+    """
+    lora = Lora("", contents)
+    return _misfits(lora, sizes), max((pair.rank for pair in lora.pairs.values()), default=0)
+
+
+def read_lora(lora: Lora, sizes: Mapping[str, tuple[int, int]], values: bool = True) -> list[str]:
+    """Fill in the pairs of a LoRA; returns everything that keeps it from being an expert, `values` NaN and Inf too."""
     contents = lora.contents
     if contents.config is None:
         return contents.problems
-    found = contents.problems + _config_problems(contents.config)
     if not contents.tensors or contents.config.get("peft_type") != "LORA":
+        return contents.problems + _config_problems(contents.config)
+    found = contents.problems + _misfits(lora, sizes)
+    return found + contents.not_finite() if values else found
+
+
+def _misfits(lora: Lora, sizes: Mapping[str, tuple[int, int]] | None) -> list[str]:
+    """Fill in the pairs of a LoRA from its config and header; returns what does not fit."""
+    contents = lora.contents
+    found = _config_problems(contents.config or {})
+    if _pattern_problems(contents.config or {}):
         return found
     halves: dict[str, dict[str, str]] = {}
     for name in contents.tensors:
@@ -154,29 +194,29 @@ def _read_lora(lora: _Lora, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
     for path, parts in sorted(halves.items()):
         if len(parts) == 1:
             found.append(f"tensor '{next(iter(parts.values()))}' has no partner")
-        elif path not in sizes:
+        elif sizes is not None and path not in sizes:
             found.append(f"the model has no linear layer '{path}'")
         else:
-            found += _read_pair(lora, path, parts, sizes[path])
-    return found + contents.not_finite()
+            found += _read_pair(lora, path, parts, sizes and sizes[path])
+    return found
 
 
-def _read_pair(lora: _Lora, path: str, parts: Mapping[str, str], sizes: tuple[int, int]) -> list[str]:
+def _read_pair(lora: Lora, path: str, parts: Mapping[str, str], sizes: tuple[int, int] | None) -> list[str]:
     config, tensors = lora.contents.config or {}, lora.contents.tensors
     A, B = tensors[parts["A"]], tensors[parts["B"]]
     rank = _by_pattern(config, "rank_pattern", path, config.get("r"))
     alpha = _by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
-    d_in, d_out = sizes
-    if not isinstance(rank, int) or rank < 1:
+    d_in, d_out = sizes or (A.shape[-1] if A.shape else 0, B.shape[0] if B.shape else 0)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         return [f"layer '{path}' has r={rank!r}, which is no rank"]
     if A.shape != (rank, d_in) or B.shape != (d_out, rank):
         return [f"layer '{path}' needs A {(rank, d_in)} and B {(d_out, rank)}, the file holds {A.shape} and {B.shape}"]
     if not A.is_floating or not B.is_floating:
         return [f"layer '{path}' has tensors of dtype {A.dtype} and {B.dtype}, which are no weights"]
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
         return [f"layer '{path}' has lora_alpha {alpha!r}, which is no number"]
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    lora.pairs[path] = _Pair(parts["A"], parts["B"], rank, scale)
+    lora.pairs[path] = Pair(parts["A"], parts["B"], rank, scale)
     return []
 
 
@@ -189,7 +229,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return what in a PEFT config an expert cannot express; an unknown key that is set counts, too."""
     if config.get("peft_type") != "LORA":
         return [f"it is an adapter of type {config.get('peft_type')!r}; only LORA adapters become experts"]
-    found = []
+    found = _pattern_problems(config)
     if config.get("bias", "none") != "none":
         found.append(f"bias={config['bias']!r}: trained biases are not part of an expert")
     init = config.get("init_lora_weights", True)
@@ -206,9 +246,21 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _pattern_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the patterns of a config; those of a stranger may be no regex, or an endless one."""
+    found = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if isinstance(patterns, dict):
+            found += [f"{key}: {problem}" for p in patterns if (problem := why_not_pattern(p)) is not None]
+        else:
+            found.append(f"{key} must be a mapping, got {type(patterns).__name__}")
+    return found
+
+
 def _why_not(name: str) -> str:
     if "lora_embedding" in name:
-        return "belongs to a LoRA on an embedding, and only linear layers take experts"
+        return "belongs to a LoRA on an embedding, and import_peft fills linear layers only"
     if "lora_magnitude" in name:
         return "belongs to DoRA, which also rescales the base weight"
     if name.endswith(".bias"):
@@ -219,7 +271,7 @@ def _why_not(name: str) -> str:
 
 
 def _mixture_config(
-    loras: Sequence[_Lora], all_paths: Sequence[str], recipe: Any, changes: Mapping[str, Any]
+    loras: Sequence[Lora], all_paths: Sequence[str], recipe: Any, changes: Mapping[str, Any]
 ) -> MoloraConfig:
     """Return the config of a mixture whose experts have the ranks and scales of the LoRAs."""
     mine = {"num", "rank", "alpha", "scaling", "rslora", "names"} & set(changes.get("experts") or {})
@@ -236,7 +288,8 @@ def _mixture_config(
             "experts={'form': 'lora'}"
         )
     paths = sorted({path for lora in loras for path in lora.pairs})
-    ranks = {path: [lora.pairs[path].rank if path in lora.pairs else 1 for lora in loras] for path in paths}
+    own = {path: [lora.pairs[path].rank if path in lora.pairs else 1 for lora in loras] for path in paths}
+    ranks = {path: [max(r, lora.room) for r, lora in zip(given, loras, strict=True)] for path, given in own.items()}
     usual = Counter(tuple(r) for r in ranks.values()).most_common(1)[0][0]
     others: dict[tuple[int, ...], list[str]] = {}
     for path, rank in ranks.items():

@@ -29,6 +29,7 @@ from .compat import (
     weights_of_attention,
 )
 from .errors import ConfigError, RoutingError
+from .first_pass import run_first_pass
 from .routing.mixing import attention_key
 from .routing.trace import Pass, Trace
 from .routing.types import Context
@@ -93,6 +94,8 @@ class ForwardHooks:
         self.watches = True
 
     def _attended(self, key: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not any(plan.attends for plan in self.trace.plans.values()):
+            return
         weights = weights_of_attention(output)
         if weights is None:
             raise RoutingError(
@@ -117,6 +120,7 @@ class ForwardHooks:
             self._grads_into_inputs = True
         new = Pass(collecting=collecting, cache=get(args, kwargs, "past_key_values", "cache_params"))
         new.continuing = tokens_in_cache(new.cache) > 0
+        new.prompt_rows = self.prompt_rows
         labels = get(args, kwargs, "labels")
         if self.takes_pairs:
             self._describe_pairs(module, new, args, kwargs, labels, own)
@@ -130,11 +134,24 @@ class ForwardHooks:
         if collecting:
             self.share = self._token_share(labels, kwargs.get("num_items_in_batch"))
         self.trace.open(new)
-        if new.continuing and self._routes_by_prompt():
-            new.decisions = self.trace.resume(new.cache)
-        if new.continuing and any(plan.remembers for plan in self.trace.plans.values()):
-            new.memory.past = self.trace.past(new.cache)
+        plans = self.trace.plans.values()
+        remembers, looks_ahead = any(plan.remembers for plan in plans), any(plan.looks_ahead for plan in plans)
+        if looks_ahead or (new.continuing and (remembers or self._routes_by_prompt())):
+            decides = self._decides(module)
+            if decides and new.continuing and self._routes_by_prompt():
+                new.decisions = self.trace.resume(new.cache)
+            if decides and new.continuing and remembers:
+                new.memory.past = self.trace.past(new.cache)
+            if decides and looks_ahead:
+                run_first_pass(module, self.arguments.named(args, kwargs), new)
         return args, kwargs
+
+    def _decides(self, module: nn.Module) -> bool:
+        """Whether any router will be asked: not while all adapters are switched off or merged, or all gates pinned."""
+        if isinstance(self.trace.pins, Tensor):
+            return False
+        layers = (part for part in module.modules() if hasattr(part, "molora_bank"))
+        return any(not (layer._disable_adapters or layer.merged_adapters) for layer in layers)
 
     def _describe(
         self, new: Pass, stack: str, tokens: Any, valid: Any, prompt: Any, own: dict[str, Any], ids: Any = None

@@ -176,7 +176,10 @@ class RoutedLinear(RoutedLayer):
                 continue
             # where nobody else needs the decision, one call may take it and apply it
             alone = in_place and router is not None and self.trace.is_silent(site) and not bank.drops
-            if alone and self._calls.decide_and_add(adapter, bank, router, y, x):
+            kept: list[Tensor] | None = [] if site.shared else None
+            if alone and self._calls.decide_and_add(adapter, bank, router, y, x, kept):
+                if kept:
+                    self.trace.keep(site, x, *kept)
                 continue
             gates = self.trace.decide(site, router, x)
             if in_place and not bank.drops and self._calls.add(adapter, bank, gates, y, x):

@@ -61,14 +61,16 @@ class NativeBank(Experts):
     ) -> None:
         if given["form"] not in ("lora", "rank"):
             raise ConfigError(f"experts.form '{given['form']}' cannot adapt native experts; use form: lora there")
-        first, last = list(sizes.values())[0], list(sizes.values())[-1]
+        first, *_, last = sizes.values()
         super().__init__(first[0], last[1], ranks, **given)
         self.native = native
         frozen = given["frozen"]
         if frozen != "all":
             frozen = [e * len(ranks) + f for e in range(native) for f in frozen]
         options = {**given, "frozen": frozen, "init": init}
-        self.banks = nn.ModuleDict({name: ExpertBank(*size, list(ranks) * native, **options) for name, size in sizes.items()})
+        self.banks = nn.ModuleDict(
+            {name: ExpertBank(*size, list(ranks) * native, **options) for name, size in sizes.items()}
+        )
         self.freeze()
 
     _because = "they come in stacks, one for each native expert; leave 'experts' out of target_modules to export"
@@ -150,7 +152,9 @@ class RoutedExperts(RoutedLayer):
         for name, own in bank.banks.items():
             A, B = own.stack()
             weighted = B * (own.spread(gates.repeat(bank.native).to(B)) * own.scaling)
-            delta = torch.einsum("onr,nri->noi", weighted.unflatten(1, (bank.native, -1)), A.unflatten(0, (bank.native, -1)))
+            delta = torch.einsum(
+                "onr,nri->noi", weighted.unflatten(1, (bank.native, -1)), A.unflatten(0, (bank.native, -1))
+            )
             found[name] = delta.transpose(1, 2) if self.get_base_layer().is_transposed else delta
         return found
 

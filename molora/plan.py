@@ -128,7 +128,9 @@ def over_depth(spec: Mapping[str, Any], blocks: int) -> list[int]:
 
 def profile_problems(spec: Mapping[str, Any], where: str) -> list[str]:
     """Return what is wrong with a `num` that is written as a profile."""
-    found = [f"{where} has no key '{key}'{did_you_mean(str(key), _PROFILE_KEYS)}" for key in spec if key not in _PROFILE_KEYS]
+    found = [
+        f"{where} has no key '{key}'{did_you_mean(str(key), _PROFILE_KEYS)}" for key in spec if key not in _PROFILE_KEYS
+    ]
     shape = spec.get("profile")
     names = (*PROFILES, "step")
     if isinstance(shape, (list, tuple)):
@@ -177,6 +179,25 @@ def scaling_of(spec: Mapping[str, Any]) -> float:
 def regex_of(paths: Iterable[str]) -> str:
     """Return a regex that finds exactly these module paths."""
     return "^(?:" + "|".join(re.escape(path) for path in paths) + ")$"
+
+
+def why_not_pattern(pattern: Any) -> str | None:
+    """Return why a regex from elsewhere cannot be used on module paths: it is none, or it could take for ever.
+
+    Matching may take exponential time where a repeated group is repeated, and a high power of the length of the path
+    where many repeats follow each other.
+    """
+    if not isinstance(pattern, str):
+        return f"{pattern!r:.80} is no text"
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{pattern!r:.80} is no regular expression ({error})"
+    plain = re.sub(r"\\.", "x", pattern)
+    repeats = re.findall(r"[*+]|\{\d*,", plain)
+    if re.search(r"\)\s*(?:[*+]|\{\d)", plain) or len(repeats) > 4:
+        return f"{pattern!r:.80} repeats too much, so that matching it could take for ever"
+    return None
 
 
 def targets_of(paths: Iterable[str], all_paths: Iterable[str]) -> list[str] | str:

@@ -18,9 +18,9 @@ from . import compat
 from .checkpoint import peft_model_of
 from .config import MoloraConfig
 from .control import routed_layers
+from .embeddings import RoutedEmbedding
 from .errors import ConfigError, raise_all
 from .files import CARD, WEIGHTS, replacing
-from .embeddings import RoutedEmbedding
 from .layers import RoutedLayer
 from .plan import form_of, targets_of
 
@@ -37,8 +37,9 @@ def export_peft(
 ) -> Path:
     """Write one expert, or a mixture with fixed gates, as a plain LoRA that any PEFT loads, without molora.
 
-    A mixture becomes one LoRA whose rank is the sum of its experts' ranks (of one expert with forms that share A, or
-    average their factors), which is exact; forms with an activation, and `ia3`, are no LoRA and are refused. With form `module`, expert i is the i-th routed layer of each block.
+    A mixture becomes one LoRA whose rank is the sum of its experts' ranks (of one expert, with forms that share A or
+    average their factors), which is exact. Forms with an activation, and `ia3`, are no LoRA and are refused. With form
+    `module`, expert i is the i-th routed layer of each block.
 
     Args:
         model: a wrapped model.
@@ -111,7 +112,8 @@ def _gates_by_layer(
             fits = len(values) == count and all(math.isfinite(value) for value in values)
         if site.fixed:  # one LoRA that always acts, whatever the gates are elsewhere
             values, fits = [1.0], True
-        if adapter in layer.roles and fits and sorted(values)[-1:] + [sum(map(abs, values))] != [1.0, 1.0]:
+        one_hot = values.count(1.0) == 1 and values.count(0.0) == len(values) - 1
+        if adapter in layer.roles and fits and not one_hot:
             problems.append(f"layer '{path}': a mixture of whole MLP blocks is no LoRA; export one expert of it")
         if not fits:
             given = f"there is no expert {expert}" if expert is not None else f"gates {values} do not fit"

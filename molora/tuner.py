@@ -21,7 +21,7 @@ from .hooks import OWN_ARGUMENTS, TASK_IDS, ForwardHooks
 from .layers import RoutedLayer, RoutedLinear
 from .plan import Report, changes_at, depth_of, experts_at, form_of, place_of
 from .routing.branches import Branches
-from .routing.features import Place, attend, remember
+from .routing.features import Place, attend, look_ahead, remember
 from .routing.losses import WeightedLoss
 from .routing.objectives import build_objective
 from .routing.router import Router
@@ -69,6 +69,7 @@ class MoloraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
                 self._plan_decisions(model, adapter_name, config)
+            check_part_names(model)
         except Exception:
             snapshot.restore()
             self._forget(adapter_name)
@@ -116,7 +117,8 @@ class MoloraModel(BaseTuner):
         if current_key in report.plain or sites.is_fixed(target, spec):
             self._fixed.add(current_key)
         place = place_of(current_key)
-        kind = spec["pool"] if place.index is not None else "none"
+        pooled = place.index is not None and current_key not in self._fixed and sites.kind_of(target) == "linear"
+        kind = spec["pool"] if pooled else "none"
         bank = self._pools.join(sites.bank_for(target, spec), kind, place.stack, target_name)
         report.wrapped.append(current_key)
         if isinstance(target, RoutedLayer):
@@ -174,7 +176,9 @@ class MoloraModel(BaseTuner):
         for group, members in groups.items():
             stack = compat.stack_of(members[0], self.hooks.encoder_path)
             block = "" if stack == "cross" else place_of(members[0]).block  # cross: it reads what the encoder attends
-            place = Place(group, before.get(stack), compat.vocabulary_of(self.model), block, len(routers), len(groups))
+            out = layers[members[0]].d_out
+            vocab = compat.vocabulary_of(self.model)
+            place = Place(group, before.get(stack), vocab, block, len(routers), len(groups), out)
             before[stack] = group
             router = self._plan_group(group, members, layers, adapter_name, config, place)
             routers.append(router)
@@ -184,9 +188,9 @@ class MoloraModel(BaseTuner):
                     router.borrow(scorers[sizes])
                 else:
                     scorers[sizes] = router.scorer
-            for at, feature in enumerate(router.feature):
-                if hasattr(feature, "borrow") and len(routers) > 1:
-                    feature.borrow(routers[0].feature[at])
+            for mine, first in zip(_features_of(router), _features_of(routers[0]), strict=True):
+                if hasattr(mine, "borrow") and mine is not first:
+                    mine.borrow(first)
             if getattr(router.selector, "sharing", False):
                 lender = lenders.setdefault(router.selector.dim, router.selector)
                 if lender is not router.selector:
@@ -200,6 +204,8 @@ class MoloraModel(BaseTuner):
             decisions=len(groups),
             by_prompt=any(router.granularity == "prompt" for router in routers),
             remembers=remember(config.feature) or any(getattr(router, "remembers", False) for router in routers),
+            attends=attend(config.feature),
+            looks_ahead=look_ahead(config.feature),
             draws=any(router.draws for router in routers),
             objective=build_objective(config.objective),
             scheduled=config.has_schedules(),
@@ -242,7 +248,8 @@ class MoloraModel(BaseTuner):
         if parts > 1 and splits != {1}:
             raise ConfigError(f"per_site cannot decide for experts that take {max(splits)} gates each")
         leader = layers[members[0]]
-        kind, own = (Router, {}) if config.branches is None else (Branches, {"branches": config.branches, "mix": config.mix})
+        several = {"branches": config.branches, "mix": config.mix}
+        kind, own = (Router, {}) if config.branches is None else (Branches, several)
         router = kind(
             leader.d_read,
             num,
@@ -429,6 +436,11 @@ def _place_losses(config: MoloraConfig, routers: list[Router]) -> list[WeightedL
     return losses
 
 
+def _features_of(router: nn.Module) -> list[nn.Module]:
+    """Return the features of a router, or of all its branches."""
+    return [feature for part in router.modules() if isinstance(part, Router) for feature in part.feature]
+
+
 def check_adapter_name(model: nn.Module, name: str) -> None:
     """Raise ConfigError for an adapter name that could be mistaken for a part of a module path.
 
@@ -437,13 +449,28 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     """
     segments = {segment for path, _ in model.named_modules() for segment in path.split(".")}
     segments -= {n for m in model.modules() if isinstance(m, RoutedLayer) for n in m.molora_bank}
-    segments |= {"A", "Bt", "weight", "bias", "base_layer", "scorer", "price", *RoutedLayer.adapter_layer_names}
-    segments |= {"pool", "link", "selector", "value", "controllers", "model", "base_model", "original_module", "modules_to_save"}
-    if not name or "." in name or name in segments or name.startswith(compat.PREFIX):
-        raise ConfigError(
-            f"adapter name '{name}' is not safe: it is empty, holds a dot, or equals a part of this model's module "
-            f"paths, and PEFT would drop tensors of other adapters when saving; choose another, such as 'my_{name}'"
-        )
+    segments |= {*RoutedLayer.adapter_layer_names, "base_layer", "original_module", "modules_to_save", "base_model"}
+    if not name or "." in name or name in segments | {"model"} or name.startswith(compat.PREFIX):
+        raise _unsafe(name)
+
+
+def check_part_names(model: nn.Module) -> None:
+    """Raise ConfigError when an adapter is called like a part of a router or of a bank of any adapter."""
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    adapters = {name for layer in layers for name in layer.molora_bank}
+    for layer in layers:
+        for container in RoutedLayer.adapter_layer_names:
+            for part in getattr(layer, container).values():
+                for path in part.state_dict():
+                    if taken := adapters & set(path.split(".")):
+                        raise _unsafe(min(taken))
+
+
+def _unsafe(name: str) -> ConfigError:
+    return ConfigError(
+        f"adapter name '{name}' is not safe: it is empty, holds a dot, or equals a part of this model's module "
+        f"paths, and PEFT would drop tensors of other adapters when saving; choose another, such as 'my_{name}'"
+    )
 
 
 compat.register_tuner(MoloraConfig, MoloraModel)

@@ -22,7 +22,8 @@ def config_of(recipe):
 def names_of(recipe):
     """(registry, name) of the parts of a recipe that know about tokens."""
     config = config_of(recipe)
-    for registry, specs in ((scorers, [config.scorer]), (selectors, [config.selector])):
+    for registry, key in ((scorers, "scorer"), (selectors, "selector")):
+        specs = [branch.get(key, getattr(config, key)) for branch in config.branches or ({},)]
         yield from ((registry, split_spec(one)[0]) for one in specs)
     yield from ((features, split_spec(one)[0]) for one in listed(config.feature))
 
@@ -65,7 +66,7 @@ def routers(model):
 
 
 def stocked(model):
-    """The model with given experts in its frozen banks, whose fresh experts would stay zero and teach routers nothing."""
+    """The model with given experts in its frozen banks, whose fresh ones would stay zero and teach routers nothing."""
     generator = torch.Generator().manual_seed(11)
     for bank in [module for module in model.modules() if getattr(module, "all_frozen", False)]:
         for parameter in bank.parameters():

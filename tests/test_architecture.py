@@ -25,10 +25,11 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
     "kernels": ({"errors"}, {"torch", "triton"}, "the routed product and its faster twins; triton only where a GPU is"),
     "routing": ({"errors", "registry"}, {"torch"}, "how gates are made"),
     "experts": ({"errors", "registry", "kernels"}, {"torch"}, "what gates multiply, each form by its name"),
-    "files": ({"errors"}, {"torch", "safetensors", "huggingface_hub"}, "reads adapters from disk or from the Hub"),
+    "headers": ({"errors"}, set(), "reads safetensors headers by hand"),
+    "files": ({"errors", "headers"}, {"torch", "safetensors", "huggingface_hub"}, "reads adapters from disk or from the Hub"),
     "compat": (set(), {"torch", "peft", "transformers", "bitsandbytes"}, "the one place that knows others' internals"),
     "config": (
-        {"errors", "registry", "paths", "files", "compat", "routing", "experts"},
+        {"errors", "registry", "paths", "plan", "files", "compat", "routing", "experts"},
         {"peft", "yaml"},
         "MoloraConfig is a PeftConfig, and a recipe is YAML; checks every component by its registry",
     ),
@@ -57,6 +58,11 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
     ),
     "wrapping": ({"errors", "compat", "config", "hooks"}, {"torch", "peft"}, "wrap() ends in get_peft_model"),
     "control": ({"errors", "plan", "hooks", "layers", "tuner", "routing"}, {"torch"}, "what users say to a model"),
+    "slimming": (
+        {"errors", "plan", "control", "routing"},
+        {"torch"},
+        "profiles a model's decisions and writes how many experts each layer keeps",
+    ),
     "checkpoint": (
         {"errors", "compat", "config", "files", "fingerprint", "layers", "tuner", "undo", "wrapping"},
         {"torch", "peft"},
@@ -88,7 +94,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         "tables and pictures of what routing and doctor measured",
     ),
     "commands": (
-        {"errors", "registry", "paths", "config", "files", "routing", "train", "reports"},
+        {"errors", "registry", "paths", "config", "files", "experts", "routing", "train", "reports"},
         {"transformers"},
         "one function per command; transformers, to set how much it prints",
     ),

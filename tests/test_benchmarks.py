@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import models, report, speed
+from benchmarks.budget import Budget, Part
 from benchmarks.models import LoopLinear
 from benchmarks.scaling import routed
 from benchmarks.sections import BASE, OURS, QUICK, Field
@@ -58,8 +59,8 @@ def test_a_race_takes_turns_and_compares_with_the_reference_close_by(monkeypatch
 
     works = {"base": work("base", 1.0), "two": work("two", 2.0), "three": work("three", 3.0), "four": work("four", 4.0)}
     results = race(works, until=0.0, least=4)
-    assert order[8:13] == ["base", "two", "three", "base", "four"]  # after two warm-ups of each
-    assert order[13:19] == ["base", "base", "four", "three", "base", "two"]  # and the next round backwards
+    assert order[4:9] == ["base", "two", "three", "base", "four"]  # after one slow warm-up of each
+    assert order[9:15] == ["base", "base", "four", "three", "base", "two"]  # and the next round backwards
     for name, cost in (("two", 2), ("three", 3), ("four", 4)):
         assert results[name].ratio == pytest.approx(cost, rel=0.005)
         assert len(results[name].ratios) == 4
@@ -102,3 +103,48 @@ def test_contenders_share_the_weights_of_the_base_and_differ_from_it():
             assert any(p.requires_grad for n, p in model.named_parameters() if "lora_A" in n) == trainable
     finally:
         field.close()
+
+
+def budgeted(monkeypatch, minutes, slower=1.0):
+    """Run three sections against a fake clock; return their rounds, the whole minutes and the note."""
+    now = [100.0]
+    monkeypatch.setattr("benchmarks.budget.time.monotonic", lambda: now[0])
+
+    def section(setup, seconds):
+        def run(field, until):
+            now[0] += setup * slower
+            rounds = 0
+            while rounds < 3 or (rounds < 60 and now[0] + seconds * slower < until):
+                now[0] += seconds * slower
+                rounds += 1
+            return {"rows": [{"ratios": [1.0] * rounds}]}
+
+        return run
+
+    costs = {"long": (30.0, 60.0, 3), "short": (20.0, 2.0, 2), "last": (30.0, 30.0, 1)}
+    parts = {name: Part(section(s, r), s, r, share) for name, (s, r, share) in costs.items()}
+    budget, rounds = Budget(minutes, parts), {}
+    for name, part in parts.items():
+        result = part.run(None, budget.begin(name))
+        budget.finish(name, result)
+        rounds[name] = len(result["rows"][0]["ratios"])
+    return rounds, (now[0] - 100) / 60, budget.note()
+
+
+@pytest.mark.parametrize("slower", [0.5, 1.0, 1.4])
+def test_a_budget_holds_and_every_section_has_its_rounds(monkeypatch, slower):
+    # 80 + 3 * 92 seconds at the least, 12 minutes given: there is time to spare even if all takes 1.4 times longer
+    rounds, took, note = budgeted(monkeypatch, 12, slower)
+    assert min(rounds.values()) >= 3 and rounds["long"] > 3 and rounds["short"] > 10
+    assert 0.75 * 12 < took <= 12 and "overrun" not in note
+
+
+def test_a_budget_that_is_too_small_is_said_to_be(monkeypatch):
+    rounds, took, note = budgeted(monkeypatch, 3)
+    assert rounds == {"long": 3, "short": 3, "last": 3} and took == pytest.approx((80 + 3 * 92) / 60)
+    assert "least number of rounds, 3, to: long, short, last" in note and "overrun by 2.9 minutes" in note
+
+
+def test_without_a_budget_there_are_the_least_rounds_and_no_note(monkeypatch):
+    rounds, _, note = budgeted(monkeypatch, 0)
+    assert set(rounds.values()) == {3} and note == ""

@@ -26,9 +26,11 @@ FLAGS = {
     "recipes": "--components --debug --json",
     "doctor": f"recipe {BASE} --adapter --data --grad-accum --gradient-checkpointing --json --max-length --model --set "
     "--task-type",
+    "hub": "--debug",  # its commands: tests/hub/test_hub_cli.py
 }
 REQUIRED = {"train": {"recipe", "model", "data"}, "eval": {"adapter", "data"}, "inspect": {"adapter"}, "recipes": set()}
 REQUIRED["doctor"] = {"recipe", "model"}
+REQUIRED["hub"] = set()
 
 
 def parsers():
@@ -265,7 +267,8 @@ def test_components(capsys):
     code, out, _ = run(capsys, "recipes", "--components", "--json")
     kinds = json.loads(out)
     assert code == 0
-    assert set(kinds) == {"scorer", "link", "selector", "price", "pool", "loss", "schedule", "entropy"}
+    routing = {"feature", "scorer", "link", "selector", "price", "pool", "loss", "objective"}
+    assert set(kinds) == routing | {"form", "schedule", "controller", "entropy"}
     assert all(entry["summary"] for entries in kinds.values() for entry in entries)
     top_k = next(entry for entry in kinds["selector"] if entry["name"] == "top_k")
     assert "k=2" in top_k["options"]

@@ -17,13 +17,18 @@ def generator():
     return module
 
 
-def test_the_page_is_up_to_date(generator):
-    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run make docs"
+@pytest.fixture(scope="module")
+def page(generator):
+    return generator.page()
+
+
+def test_the_page_is_up_to_date(generator, page):
+    assert generator.PAGE.read_text(encoding="utf-8") == page, "run make docs"
 
 
 @pytest.mark.parametrize("recipe", molora.recipes())
-def test_every_system_has_parts_a_paper_a_difference_and_a_proof(generator, recipe):
-    (row,) = [line for line in generator.page().splitlines() if line.startswith(f"| [{recipe}](")]
+def test_every_system_has_parts_a_paper_a_difference_and_a_proof(page, recipe):
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| [{recipe}](")]
     cells = [cell.strip() for cell in row.strip("|").replace("\\|", "/").split(" | ")]
     assert len(cells) == 4 and all(cells), f"empty cell in the row of {recipe}: {cells}"
     assert "arXiv" in cells[0] or recipe == "lora"

@@ -100,6 +100,33 @@ def test_equal_ids_get_equal_gates():
 
 
 @torch.no_grad()
+def test_hash_gates_look_at_the_id_itself():
+    hashed = {"scorer": {"name": "hash", "seed": 3}, "selector": {"name": "top_k", "k": 1, "normalise": "sum1"}}
+    model = shaken(tiny_llama(), FOUR | hashed)
+    ids = torch.arange(4, VOCAB)[None]
+    with molora.record(model) as log:
+        model(input_ids=ids)
+    chosen = log["model.embed_tokens"].gates[0].argmax(-1)
+    with molora.record(model) as log:
+        model(input_ids=ids.flip(1))
+    assert torch.equal(log["model.embed_tokens"].gates[0].argmax(-1).flip(0), chosen)
+    assert chosen.bincount(minlength=4).min() > 5
+    layer = the_layer(model)
+    A, B = layer.molora_bank["default"].pair(int(chosen[10]))
+    expected = layer.base_layer.weight[14] + 2 * B @ A[:, 14]
+    torch.testing.assert_close(seen_embedding(model, ids)[0, 10], expected, atol=1e-5, rtol=1e-5)
+
+
+def seen_embedding(model, ids):
+    """What the embedding hands on in a forward of the whole model, where token ids are known."""
+    seen = []
+    hook = the_layer(model).register_forward_hook(lambda _, args, out: seen.append(out))
+    model(input_ids=ids)
+    hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
 def test_pinned_rows_are_their_own_experts():
     model, inputs = shaken(tiny_llama(), FOUR), tiny_inputs(tiny_llama())
     each = []
@@ -192,7 +219,9 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ConfigError, match="dropout cannot act on token ids"):
         EmbeddingBank(10, 4, [2], dropout=0.1)
     report = molora.report(
-        molora.wrap(tiny_llama(), {"experts": {"form": "module"}, "share": "block"}, target_modules=["embed_tokens", "q_proj"])
+        molora.wrap(
+            tiny_llama(), {"experts": {"form": "module"}, "share": "block"}, target_modules=["embed_tokens", "q_proj"]
+        )
     )
     assert "experts of form 'module' cannot act on Embedding" in report.skipped["model.embed_tokens"]
 

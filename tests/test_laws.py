@@ -17,8 +17,8 @@ from torch import nn
 
 import molora
 from molora.control import routed_layers
-from molora.experts.bank import ExpertBank
 from molora.experts.forms import build_experts, forms
+from molora.routing.controllers import controllers
 from molora.routing.entropy import entropies
 from molora.routing.features import features
 from molora.routing.links import links
@@ -32,17 +32,20 @@ from molora.routing.selectors import selectors
 from molora.routing.types import Context, Memory, Routing
 from tests.tiny import tiny_inputs, tiny_llama
 
-REGISTRIES = (features, scorers, links, selectors, entropies, losses, prices, pools, schedules)
+REGISTRIES = (features, scorers, links, selectors, entropies, losses, controllers, prices, pools, schedules, forms)
 
 NEEDED = {
     ("scorer", "table"): {"num_tasks": 3},
     ("scorer", "hash"): {"vocab_size": 96},  # of the tiny models
     ("scorer", "distilled"): {"vocab_size": 96},
     ("scorer", "multi_gate"): {"num_tasks": 3},
+    ("scorer", "glider"): {"gamma": 0.0},  # with another gamma it reads what only callers know (tests/posthoc)
     ("feature", "concat"): {"size": 2},
     ("selector", "task_mask"): {"allowed": [[0, 1], [1, 2], [0, 2, 3]]},
 }
 EXTRA = {
+    ("scorer", "prototypes"): [{"measure": "abs"}, {"measure": "scaled"}, {"measure": "norm"}],
+    ("selector", "subtract"): [{"general": [1, 3]}, {"k": 3, "general": [0], "normalise": "none"}],
     ("scorer", "response"): [{"measure": "length"}, {"normalise": False}],
     ("selector", "activated"): [{"k": 2, "threshold": 0.1}, {"threshold": 0.3, "normalise": "sum1"}],
     ("selector", "relaxed_bernoulli"): [{"temperature": 0.5, "normalise": "none"}],
@@ -50,6 +53,8 @@ EXTRA = {
     ("feature", "gru"): [{"size": 3}],
     ("feature", "similarity"): [{"measure": "dot", "temperature": 1.0}],
     ("scorer", "hyper"): [{"hidden": 3}],
+    ("scorer", "xlora"): [{"depth": 3, "width": 4}],
+    ("scorer", "fusion"): [{"width": 3, "dropout": 0.1}],
     ("scorer", "noisy"): [{"scorer": {"name": "mlp", "hidden": 4, "activation": "tanh"}, "eps": 0.1}],
     ("selector", "task_mask"): [{"own": [[2], [3], []]}],
     ("pool", "cross_attention"): [{"features": 3, "width": 4}],
@@ -162,7 +167,9 @@ def shaken(module):
     return module
 
 
-def router_of(scorer="linear", link="softmax", selector="softmax", pool=None, price=None, feature=None):
+def router_of(
+    scorer="linear", link="softmax", selector="softmax", pool=None, price=None, feature=None, form="lora"
+):
     name = scorer if isinstance(scorer, str) else scorer["name"]
     by_task = scorers.fact(name, "reads") == "task"
     granularity = "task" if by_task else "prompt" if pool else "token"
@@ -177,7 +184,7 @@ def router_of(scorer="linear", link="softmax", selector="softmax", pool=None, pr
         price=price,
         feature=feature,
     )
-    router.reads(shaken(ExpertBank(D, D, [2] * E)))
+    router.reads(shaken(build_experts(form, D, D, [2] * E)))
     return shaken(router).eval()
 
 
@@ -350,7 +357,10 @@ def test_losses_do_not_see_padding(name, options):
 
 
 # The router whose decisions a loss with parts is given, where the one of `judged` has not what it reads.
-JUDGED = {"align": {"selector": {"name": "top_k", "k": 2, "n_group": E, "topk_group": 2}}}
+JUDGED = {
+    "align": {"selector": {"name": "top_k", "k": 2, "n_group": E, "topk_group": 2}},
+    "fusion_value": {"form": "fusion"},
+}
 
 
 def judged(name):

@@ -40,7 +40,13 @@ def tiny_mixtral():
 
 
 def tiny_gpt_oss():  # transposed, with biases, gate and up interleaved
-    config = tf.GptOssConfig(**SIZES, num_local_experts=4, head_dim=8, rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    config = tf.GptOssConfig(
+        **SIZES,
+        num_local_experts=4,
+        head_dim=8,
+        rope_scaling=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
     return _build(tf.GptOssForCausalLM, config, 0)
 
 
@@ -113,7 +119,7 @@ def test_routed_loras_equal_a_loop_over_tokens_and_experts():
             y = torch.zeros(32)
             for e, w in zip(index[token].tolist(), weights[token].tolist(), strict=True):
 
-                def product(name, v, e=e, gates=gates):
+                def product(name, v, e=e, gates=gates, base=base, bank=bank):
                     y = getattr(base, name)[e] @ v
                     for j, gate in gates.items():
                         A, B = bank.banks[name].pair(e * 4 + j)
@@ -142,9 +148,7 @@ def test_fresh_saved_copied_disabled_generated(family, recipe, tmp_path):
         with loaded.disable_adapter():
             assert torch.equal(loaded(**inputs).logits, base(**inputs).logits)
         kwargs = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-        assert torch.equal(
-            loaded.generate(**inputs, **kwargs), loaded.generate(**inputs, **kwargs, use_cache=False)
-        )
+        assert torch.equal(loaded.generate(**inputs, **kwargs), loaded.generate(**inputs, **kwargs, use_cache=False))
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -209,7 +213,7 @@ def test_unknown_layouts_are_skipped_with_the_reason():
 
 
 def test_other_forms_are_skipped_with_the_reason():
-    with pytest.raises(ConfigError, match="shared_a.*cannot adapt native experts"):
+    with pytest.raises(ConfigError, match=r"shared_a.*cannot adapt native experts"):
         molora.wrap(tiny_mixtral(), FOUR, experts={"form": "shared_a"})
     report = molora.report(
         molora.wrap(

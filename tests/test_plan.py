@@ -158,3 +158,66 @@ def test_changes_are_merged_key_by_key_and_renamed_components_replaced():
     again = build_config(config, {"link": "sigmoid"})
     assert again.link == "sigmoid" and again.selector == config.selector
     assert build_config("dynmole", {}).selector["p"] == 0.75  # recipes themselves are untouched
+
+
+# --- profiles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [
+        ("uniform", [8, 8, 8, 8, 8]),
+        ("ascending", [2, 4, 5, 7, 8]),  # 2, 3.5, 5, 6.5, 8: halves are rounded up
+        ("descending", [8, 7, 5, 4, 2]),
+        ("pyramid", [2, 5, 8, 5, 2]),
+        ("inverse_pyramid", [8, 5, 2, 5, 8]),
+        ("wave", [5, 8, 5, 2, 5]),
+        ("step", [2, 2, 2, 8, 8]),
+        ([2, 6], [2, 2, 2, 6, 6]),
+    ],
+)
+def test_profiles_over_depth(profile, expected):
+    assert numbers_over({"profile": profile, "min": 2, "max": 8}, 5) == expected
+
+
+@pytest.mark.parametrize("profile", ["uniform", "ascending", "descending", "pyramid", "wave", "step", [1, 3, 9]])
+@pytest.mark.parametrize(("blocks", "total"), [(4, 4), (4, 5), (5, 23), (12, 96), (32, 100)])
+def test_a_total_is_kept_to_the_expert_and_the_shape_too(profile, blocks, total):
+    spec = {"profile": profile, "min": 2, "max": 8}
+    numbers, free = numbers_over({**spec, "total": total}, blocks), numbers_over(spec, blocks)
+    assert sum(numbers) == total and min(numbers) >= 1
+    for a, b in zip(range(blocks - 1), range(1, blocks), strict=True):  # more never becomes fewer, but for a rounding
+        assert (numbers[b] - numbers[a]) * (free[b] - free[a]) >= 0 or abs(numbers[b] - numbers[a]) <= 1
+
+
+def test_a_total_of_the_free_profile_changes_nothing_and_one_of_twice_as_many_doubles_it():
+    spec = {"profile": [2, 4, 6, 8], "total": 20}
+    assert numbers_over(spec, 4) == [2, 4, 6, 8]
+    assert numbers_over({**spec, "total": 40}, 4) == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize(
+    ("num", "message"),
+    [
+        ({"profile": "ascend"}, "experts.num.profile 'ascend' is unknown; did you mean 'ascending'"),
+        ({"profile": "uniform", "mean": 3}, "experts.num has no key 'mean'"),
+        ({"profile": "uniform", "max": 0}, "experts.num.max must be a whole number >= 1"),
+        ({"profile": "uniform", "min": 5, "max": 2}, "min 5 is more than max 2"),
+        ({"profile": [2, 0]}, "a list of numbers >= 1"),
+        ({"min": 2, "max": 8}, "experts.num.profile None is unknown"),
+        ({"profile": "uniform", "max": 4, "total": 1}, "experts.num.total is 1, less than one expert for each of 2"),
+    ],
+)
+def test_wrong_profiles_are_named(num, message):
+    with pytest.raises(ConfigError, match=message):
+        molora.wrap(tiny_llama(), {}, experts={"num": num})
+
+
+def test_a_profile_in_a_model():
+    model = molora.wrap(
+        tiny_llama(num_hidden_layers=3), {}, experts={"num": {"profile": "ascending", "min": 2, "max": 6}, "rank": 2}
+    )
+    for name, layer in routed_layers(model).items():
+        assert layer.molora_bank["default"].num_experts == 2 + 2 * place_of(name).index
+    inputs = tiny_inputs(model)
+    assert torch.isfinite(model(**inputs).logits).all()

@@ -130,8 +130,10 @@ class Factor(_Stack):
         weights = self.by_split(gates).to(A.dtype)
         by_row = x.dim() == 3 and weights.dim() == 4 and weights.shape[1] == 1 and x.shape[1] > 1
         with full_precision(x.device):
-            if weights[..., 0, 0].numel() == 1 or by_row:
-                return self._merged(x, A, B, weights.squeeze(1) if by_row else weights.reshape(1, *weights.shape[-2:]), by_row)
+            if by_row:
+                return self._merged(x, A, B, weights.squeeze(1), by_row)
+            if weights[..., 0, 0].numel() == 1:  # one mixture for all
+                return self._merged(x, A, B, weights.reshape(1, *weights.shape[-2:]), by_row)
             return self._spread(x, A, B, weights)
 
     def _blocks(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Every form of experts, by name, and how one is built; importing this module registers them all.
 
-    lora, rank, shared_a    gates weigh the outputs of low-rank pairs (bank.py; in the kernels)
-    factor, bottleneck      factors averaged before the product; adapters with an activation (factor.py)
-    film, chain             one shared pair, whose ranks the experts scale, or pass on step by step (shared.py)
-    gated                   pairs whose input each expert rescales by itself (gated.py)
-    ia3                     a vector that rescales what the layer computes (ia3.py)
+lora, rank, shared_a    gates weigh the outputs of low-rank pairs (bank.py; in the kernels)
+factor, bottleneck      factors averaged before the product; adapters with an activation (factor.py)
+film, chain             one shared pair, whose ranks the experts scale, or pass on step by step (shared.py)
+fusion                  LoRAs whose mixture one learned map turns before it is added (fusion.py)
+gated                   pairs whose input each expert rescales by itself (gated.py)
+ia3                     a vector that rescales what the layer computes (ia3.py)
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..registry import Spec, split_spec
-from . import bank, factor, gated, ia3, shared
+from . import bank, factor, fusion, gated, ia3, shared
 from .base import Experts, forms
 
-__all__ = ["bank", "build_experts", "factor", "form_name", "form_problems", "forms", "gated", "ia3", "shared"]
+__all__ = ["bank", "build_experts", "factor", "form_name", "form_problems", "forms", "fusion", "gated", "ia3", "shared"]
 
 
 def form_name(form: Spec) -> str:

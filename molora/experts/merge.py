@@ -74,7 +74,8 @@ def compress(A: Tensor, B: Tensor, rank: int | None = None, tolerance: float = 0
     U, values, Vh = torch.linalg.svd(Rb @ Ra.T)
     total = values.norm()
     # error of keeping the first k: the norm of the rest
-    errors = torch.cat([values.flip(0).square().cumsum(0).flip(0), values.new_zeros(1)]).sqrt() / total.clamp_min(1e-300)
+    rest = torch.cat([values.flip(0).square().cumsum(0).flip(0), values.new_zeros(1)]).sqrt()
+    errors = rest / total.clamp_min(1e-300)
     rounding = max(A.shape[1], B.shape[0]) * torch.finfo(torch.float64).eps
     enough = int((errors > max(tolerance, rounding)).sum()) if total > 0 else 0
     k = max(1, min(enough, len(values) if rank is None else rank))

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from .bank import ExpertBank
 from .base import Experts
 
-# Who shares experts: nobody, layers of equal shape, or layers of equal shape and name; in one stack of blocks each time.
+# Who shares experts inside a stack of blocks: nobody, layers of equal shape, or layers of equal shape and name.
 POOLS = ("none", "shape", "name")
 
 

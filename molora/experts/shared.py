@@ -1,7 +1,7 @@
 """Experts that share one low-rank pair and differ in what they do to its ranks: `film` and `chain`.
 
-    film     y += s * B ( (A x) * sum_e g_e v_e )                                 v_e: (r,)
-    chain    h^0 = A x;   h^{i+1} = h^i + sum_e g^i_e C_e h^i;   y += s * B h^n   C_e: (r, r)
+film     y += s * B ( (A x) * sum_e g_e v_e )                                 v_e: (r,)
+chain    h^0 = A x;   h^{i+1} = h^i + sum_e g^i_e C_e h^i;   y += s * B h^n   C_e: (r, r)
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ class _OnePair(Experts):
 class Film(_OnePair):
     """One A and one B for all experts; each expert scales the ranks between (MoFME, arXiv 2312.16610).
 
-    Every expert starts with all scales at 1. MoFME itself modulates one shared block with scales and shifts; this
-    analogue for LoRA, without shifts, follows our notes of the paper and not its code.
+    Scales start near 1 (deviation 0.1), so that experts differ and the gates have a gradient as soon as B has one.
+    MoFME itself modulates one shared block with scales and shifts; this analogue for LoRA, without shifts, follows our
+    notes of the paper and not its code.
     """
 
     def __init__(self, d_in: int, d_out: int, ranks: Sequence[int], **given: Any) -> None:
         super().__init__(d_in, d_out, ranks, **given)
-        self.scales = nn.Parameter(torch.ones(self.num_experts, self.rank))
+        self.scales = nn.Parameter(1 + 0.1 * torch.randn(self.num_experts, self.rank))
         self.freeze()
 
     def _ranks(self, hidden: Tensor, gates: Tensor) -> Tensor:

@@ -461,9 +461,12 @@ static void select_gates(const Layer *L, float *s, float *probs, int *order) {
         memcpy(s, probs, E * sizeof(float));
         return;
     }
-    for (long e = 0; e < E; e++) { /* insertion sort of prob - price, falling */
+    long sorted = L->select == 1 ? L->k : E; /* as many as matter */
+    for (long e = 0; e < E; e++) {            /* insertion sort of prob - price, falling */
         float v = probs[e] - (L->price ? L->price[e] : 0);
-        long i = e;
+        long i = e < sorted ? e : sorted;
+        if (i == sorted && !(s[i - 1] < v)) continue;
+        if (i == sorted) i--;
         for (; i > 0 && s[i - 1] < v; i--) s[i] = s[i - 1], order[i] = order[i - 1];
         s[i] = v;
         order[i] = (int)e;
@@ -484,8 +487,9 @@ static void select_gates(const Layer *L, float *s, float *probs, int *order) {
         for (long i = 0; i < kept; i++) s[order[i]] *= (L->normalise == 2 ? kept : 1) / sum;
 }
 
-/* scores of x (T, d_in) -> gates (T, E) and probs, which is (T, E) when `stride` is E and room for one row when it is 0 */
-static int decide(const Layer *L, const float *x, float *gates, float *probs, long stride, long T, int threads) {
+/* x (T, d_in) -> gates (T, E); probs (T, E), or room for one row when `stride` is 0 instead of E; scores (T, E) or NULL */
+static int decide(const Layer *L, const float *x, float *gates, float *probs, float *scores, long stride, long T,
+                  int threads) {
     long E = L->E;
     int *order = scratch(1, E * sizeof(int));
     if (!order) return 1;
@@ -493,6 +497,7 @@ static int decide(const Layer *L, const float *x, float *gates, float *probs, lo
     for (long t = 0; t < T; t++) {
         if (L->bias)
             for (long e = 0; e < E; e++) gates[t * E + e] += L->bias[e];
+        if (scores) memcpy(scores + t * E, gates + t * E, E * sizeof(float));
         select_gates(L, gates + t * E, probs + t * stride, order);
     }
     return 0;
@@ -501,17 +506,18 @@ static int decide(const Layer *L, const float *x, float *gates, float *probs, lo
 /* Router and experts in one call: y (T, d_out) += experts of x (T, d_in) under the gates that the router gives x. */
 int molora_routed(const Layer *L, const float *x, float *y, long T, int threads) {
     float *gates = scratch(3, (size_t)(T + 1) * L->E * sizeof(float));
-    if (!gates || decide(L, x, gates, gates + T * L->E, 0, T, threads)) return 1;
+    if (!gates || decide(L, x, gates, gates + T * L->E, NULL, 0, T, threads)) return 1;
+    return molora_forward(L, x, y, gates, 1, T, threads);
+}
+
+/* The same, but gates, probs and (unless NULL) scores (T, E) are results: backward or other layers read them. */
+int molora_decided(const Layer *L, const float *x, float *y, float *gates, float *probs, float *scores, long T,
+                   int threads) {
+    if (decide(L, x, gates, probs, scores, L->E, T, threads)) return 1;
     return molora_forward(L, x, y, gates, 1, T, threads);
 }
 
 /* --- the router, for training ---------------------------------------------------------------------------------- */
-
-/* The same, but gates and probs (T, E) are results, which backward reads. */
-int molora_step_forward(const Layer *L, const float *x, float *y, float *gates, float *probs, long T, int threads) {
-    if (decide(L, x, gates, probs, L->E, T, threads)) return 1;
-    return molora_forward(L, x, y, gates, 1, T, threads);
-}
 
 /* g (E), the gradient of one token's gates -> of its scores, in place: selection and softmax backwards */
 static void select_backward(const Layer *L, float *g, const float *gates, const float *probs) {
@@ -557,26 +563,18 @@ static int scorer_part(const Layer *L, const float *x, const float *dscores, flo
     return 0;
 }
 
-/* As molora_backward, with the gradients of the scorer: dW (E, d_in) and dbias (E) are written. Any gradient may be
- * NULL. */
+/* As molora_backward, and dscores (T, E), zeros when it begins. With `thin` the scores' part of dx is added and dW
+ * (E, d_in) written as well; for many experts the caller's matrix library does those two better. Any gradient but
+ * dscores may be NULL. */
 int molora_step_backward(const Layer *L, const float *x, const float *dy, const float *gates, const float *probs, long T,
-                         float *dx, float *dA, float *dBt, float *dW, float *dbias, int threads) {
-    float *dscores = calloc((size_t)T * L->E, sizeof(float));
-    int parts = threads > 1 ? threads : 1, failed = !dscores;
-    if (failed) return 1;
-    failed = molora_backward(L, x, dy, gates, 1, T, dx, dA, dBt, dx || dW || dbias ? dscores : NULL, threads);
-    if (!failed && (dx || dW || dbias)) {
+                         float *dx, float *dA, float *dBt, float *dscores, float *dW, int thin, int threads) {
+    int parts = threads > 1 ? threads : 1, failed = molora_backward(L, x, dy, gates, 1, T, dx, dA, dBt, dscores, threads);
 #pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
-        for (int part = 0; part < parts; part++)
-            scores_part(L, dscores, gates, probs, dx, T * part / parts, T * (part + 1) / parts);
-    }
-    if (!failed && dW) {
+    for (int part = 0; part < parts; part++)
+        scores_part(L, dscores, gates, probs, thin ? dx : NULL, T * part / parts, T * (part + 1) / parts);
+    if (failed || !thin || !dW) return failed;
 #pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
-        for (int part = 0; part < parts; part++) failed |= scorer_part(L, x, dscores, dW, T, part, parts);
-    }
-    if (dbias) memset(dbias, 0, L->E * sizeof(float));
-    for (long i = 0; dbias && i < T * L->E; i++) dbias[i % L->E] += dscores[i];
-    free(dscores);
+    for (int part = 0; part < parts; part++) failed |= scorer_part(L, x, dscores, dW, T, part, parts);
     return failed;
 }
 

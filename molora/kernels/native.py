@@ -125,8 +125,8 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.molora_forward.argtypes = [pointer, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int]
     loaded.molora_backward.argtypes = [pointer, *[c_void_p] * 3, c_long, c_long, *[c_void_p] * 4, c_int]
     loaded.molora_routed.argtypes = [pointer, c_void_p, c_void_p, c_long, c_int]
-    loaded.molora_step_forward.argtypes = [pointer, *[c_void_p] * 4, c_long, c_int]
-    loaded.molora_step_backward.argtypes = [pointer, *[c_void_p] * 4, c_long, *[c_void_p] * 5, c_int]
+    loaded.molora_decided.argtypes = [pointer, *[c_void_p] * 5, c_long, c_int]
+    loaded.molora_step_backward.argtypes = [pointer, *[c_void_p] * 4, c_long, *[c_void_p] * 5, c_int, c_int]
     return loaded
 
 

@@ -4,7 +4,7 @@ With one token per sequence a layer's arithmetic takes a few microseconds, and e
 a call is prepared once per layer and repeated with a few numbers. There are two without gradient:
 
 - `Routed`, router and experts in one. It stands in for `Trace.decide` and the bank only where both would do nothing
-  else: a decision per token by a linear scorer that nobody records, pins or shares.
+  else: a decision per token by a linear scorer that nobody records or pins. Layers that share it get it back.
 - `Decided`, the experts under gates that are known: pinned ones (tenants), or a decision shared with other layers.
 
 Training has a node of its own, in step.py.
@@ -45,9 +45,15 @@ class Routed:
         self._takes_many = (layout.rank or 0) >= NATIVE_RANK
         self._addresses: tuple[Any, ...] | None = None
         self._call: Any = None
+        self._call_and_keep: Any = None
 
-    def add_to(self, y: Tensor, x: Tensor) -> bool:
-        """Add the delta into y (..., d_out), float32 and contiguous like x (..., d_in); False when it cannot."""
+    def add_to(self, y: Tensor, x: Tensor, kept: list[Tensor] | None = None) -> bool:
+        """Add the delta into y (..., d_out), float32 and contiguous like x (..., d_in); False when it cannot.
+
+        Args:
+            y, x: as said.
+            kept: gets gates, probs and scores (N, E) of the N tokens, in this order.
+        """
         if not _plain(y, x):
             return False
         experts, scorer, price = self._sources
@@ -62,7 +68,11 @@ class Routed:
         if tokens > FEW_TOKENS and not self._takes_many:
             return False
         threads = 1 if tokens < 64 else threads_for(tokens)
-        return self._call(self._layer, x.data_ptr(), y.data_ptr(), tokens, threads) == 0
+        if kept is None:
+            return self._call(self._layer, x.data_ptr(), y.data_ptr(), tokens, threads) == 0
+        kept += torch.empty(3, tokens, self._layout.num_experts).unbind()
+        tables = [table.data_ptr() for table in kept]
+        return self._call_and_keep(self._layer, x.data_ptr(), y.data_ptr(), *tables, tokens, threads) == 0
 
     def _prepare(self, now: tuple[Tensor | None, ...], addresses: tuple[Any, ...]) -> bool:
         loaded, given = library(), [t for t in now if t is not None]
@@ -80,7 +90,7 @@ class Routed:
             **self._form,
         )
         self._d_in, self._layer = A.shape[1], ctypes.byref(self._struct)
-        self._call, self._addresses = loaded.molora_routed, addresses
+        self._call, self._call_and_keep, self._addresses = loaded.molora_routed, loaded.molora_decided, addresses
         return True
 
 
@@ -163,20 +173,23 @@ class Calls:
             self._steps[adapter] = made = (bank, router, prepared_step(bank, router))
         return None if made[2] is None else made[2].run(base, x)
 
-    def decide_and_add(self, adapter: str, bank: Any, router: Any, y: Tensor, x: Tensor) -> bool:
+    def decide_and_add(
+        self, adapter: str, bank: Any, router: Any, y: Tensor, x: Tensor, kept: list[Tensor] | None = None
+    ) -> bool:
         """Decide and add the delta into y in one call; False when that is not possible, and then y is as it was.
 
         Args:
             adapter: the name of the adapter.
             bank, router: its ExpertBank and Router.
             y: (..., d_out), fresh; x: (..., d_in).
+            kept: gets the decision, as in `Routed.add_to`.
         """
         if not _can_call(x):
             return False
         made = self._made.get(adapter)
         if made is None or made[0] is not bank or made[1] is not router:
             self._made[adapter] = made = (bank, router, _prepared(bank, router))
-        return made[2] is not None and made[2].add_to(y, x)
+        return made[2] is not None and made[2].add_to(y, x, kept)
 
     def add(self, adapter: str, bank: Any, gates: Tensor, y: Tensor, x: Tensor) -> bool:
         """Add the delta under known gates into y in one call; False as above.

@@ -27,6 +27,10 @@ from .layout import Layout
 from .native import Layer, library, threads_for
 from .upcast import has_hooks
 
+# From this many experts on, the matrix library computes the two products of the router's backward faster than the C
+# operator (1.1 to 1.4 times at 16 experts, 1.6 to 1.9 at 64; 512 tokens, d = 576 and 1024).
+WIDE_ROUTER = 16
+
 
 def frozen_plain(base: nn.Module) -> bool:
     """Tell whether `base` is a float32 nn.Linear on the CPU that nobody trains, watches or has replaced parts of."""
@@ -108,12 +112,13 @@ class _Step(torch.autograd.Function):
         y = F.linear(x, weight, base_bias)
         gates, probs = torch.empty(2, tokens, layout.num_experts).unbind()
         layer = _layer(A, Bt, W, bias, layout, form)
-        failed = library().molora_step_forward(  # type: ignore[union-attr]
+        failed = library().molora_decided(  # type: ignore[union-attr]
             ctypes.byref(layer),
             x.data_ptr(),
             y.data_ptr(),
             gates.data_ptr(),
             probs.data_ptr(),
+            None,
             tokens,
             threads_for(tokens),
         )
@@ -136,7 +141,8 @@ class _Step(torch.autograd.Function):
             with full_precision(x.device):
                 dx = dy.view(tokens, -1) @ weight
         dA, dBt = torch.empty_like(A) if need_A else None, torch.empty_like(Bt) if need_Bt else None
-        dW, dbias = torch.empty_like(W) if need_W else None, torch.empty_like(bias) if need_bias else None
+        dscores, thin = torch.zeros_like(gates), W.shape[0] < WIDE_ROUTER
+        dW = torch.empty_like(W) if need_W and thin else None
         layer = _layer(A, Bt, W, bias, ctx.layout, ctx.form)
         failed = library().molora_step_backward(  # type: ignore[union-attr]
             ctypes.byref(layer),
@@ -145,11 +151,17 @@ class _Step(torch.autograd.Function):
             gates.data_ptr(),
             probs.data_ptr(),
             tokens,
-            *[None if t is None else t.data_ptr() for t in (dx, dA, dBt, dW, dbias)],
+            *[None if t is None else t.data_ptr() for t in (dx, dA, dBt, dscores, dW)],
+            thin,
             threads_for(tokens),
         )
         if failed:
             raise MemoryError("the C operator ran out of memory")
+        if not thin:
+            with full_precision(x.device):
+                dW = dscores.t() @ x.view(tokens, -1) if need_W else None
+                dx = None if dx is None else dx.addmm_(dscores, W)
+        dbias = dscores.sum(0) if need_bias else None
         return None if dx is None else dx.view(x.shape), None, None, dA, dBt, dW, dbias, None, None
 
 

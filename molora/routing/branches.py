@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import did_you_mean
 from .features import Place, features, listed
 from .links import links
 from .price import check_price
@@ -100,6 +100,11 @@ class Branches(nn.Module):
     def sparse(self) -> bool:
         """Whether no gradient needs a gate that is zero (see Router.sparse)."""
         return all(branch.sparse for branch in self.branches)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether gradients go through decisions."""
+        return self.weigh is not None or any(branch.has_gradient for branch in self.branches)
 
     @property
     def draws(self) -> bool:
@@ -245,7 +250,11 @@ def _part_problems(spec: Mapping[str, Any], number: int) -> list[str]:
     found: list[str] = []
     for kind, registry in (("scorer", scorers), ("link", links), ("selector", selectors), ("pool", pools)):
         found += registry.problems(spec[kind])
-        if kind in ("scorer", "pool") and isinstance(spec[kind], Mapping) and any(map(is_schedule, spec[kind].values())):
+        if (
+            kind in ("scorer", "pool")
+            and isinstance(spec[kind], Mapping)
+            and any(map(is_schedule, spec[kind].values()))
+        ):
             found.append(f"{kind} cannot follow a schedule; link and selector options and loss weights can")
     found += check_price(spec["price"])
     for feature in listed(spec["feature"]):
@@ -253,7 +262,9 @@ def _part_problems(spec: Mapping[str, Any], number: int) -> list[str]:
         if features.fact(feature if isinstance(feature, str) else feature["name"], "remembers", False):
             found.append("features that need earlier tokens cannot stand in a branch")
     if spec["granularity"] not in GRANULARITIES:
-        found.append(f"granularity '{spec['granularity']}' is unknown{did_you_mean(spec['granularity'], GRANULARITIES)}")
+        found.append(
+            f"granularity '{spec['granularity']}' is unknown{did_you_mean(spec['granularity'], GRANULARITIES)}"
+        )
     name = spec["scorer"] if isinstance(spec["scorer"], str) else spec["scorer"].get("name")
     if name in scorers:
         by_task = scorers.fact(name, "reads") == "task"

@@ -39,6 +39,15 @@ def best_groups(biased: Tensor, n_group: int, topk_group: int, group_score: str)
     return largest(score, topk_group).repeat_interleave(choices // n_group, dim=-1)
 
 
+def check_count(choices: int, k: int, clamp: bool, explore: float) -> int:
+    """Return how many of `choices` experts top_k keeps; raise ConfigError when it cannot."""
+    if k < 1 or (k > choices and not clamp):
+        raise ConfigError(f"top_k needs 1 <= k <= number of experts, got k={k} with {choices}; or set clamp: true")
+    if not 0 <= explore <= 1:
+        raise ConfigError(f"top_k needs 0 <= explore <= 1, got {explore}")
+    return min(k, choices)
+
+
 def check_groups(choices: int, k: int, n_group: int, topk_group: int, group_score: str) -> None:
     """Raise ConfigError for groups that cannot hold the choice of k among `choices` experts."""
     if group_score not in GROUP_SCORES:

@@ -1,7 +1,7 @@
 """Edits: training-free interventions on any trained router, switched on with `molora.edit(model, edit, ...)`.
 
-An edit changes the scores before the link function, or the gates after selection, of the sites it names. It needs no
-gradient and leaves no trace in the model: outside of the block everything is as it was.
+An edit changes the scores before the link function, the prices of selection, or the gates after it, of the sites it
+names. It needs no gradient and leaves no trace in the model: outside of the block everything is as it was.
 
     with molora.edit(model, Boost({"model.layers.3.mlp.up_proj": [1, 5]}, factor=8.0)):
         model.generate(...)
@@ -13,7 +13,7 @@ their arXiv ids are not known to us, and the latter was read in a third-party re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,6 +58,10 @@ class Edit:
     def scores(self, scores: Tensor, site: str) -> Tensor:
         """Return the scores (B, S, N) to use at a site."""
         return scores
+
+    def prices(self, prices: Tensor, site: str) -> Tensor:
+        """Return the prices (N,) to use at a site."""
+        return prices
 
     def gates(self, gates: Tensor, site: str) -> Tensor:
         """Return the gates (B, S, E) to use at a site."""
@@ -129,6 +133,11 @@ class Forbid(Edit):
             raise ConfigError(f"edit forbids every expert of site '{site}'; switch the adapter off instead")
         return scores.masked_fill(mask, -1e4)  # softmax of it is 0 in float32, and the logarithm stays finite
 
+    def prices(self, prices: Tensor, site: str) -> Tensor:
+        """Return the prices (N,) with those of the forbidden experts above all others."""
+        mask = self.mask(site, prices)
+        return prices if mask is None else prices.masked_fill(mask, 1e4)
+
     def gates(self, gates: Tensor, site: str) -> Tensor:
         """Return the gates (B, S, E) with those of the forbidden experts zero."""
         mask = self.mask(site, gates)
@@ -177,10 +186,10 @@ class Activation:
         self.chosen: dict[str, Tensor] = {}
         self.tokens: dict[str, Tensor] = {}
         self.shares: dict[str, list[Tensor]] = {}
-        self._class_of = None
+        self._class_of: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
-    def reading(self, trace: Trace, class_of=None) -> Iterator[Activation]:
+    def reading(self, trace: Trace, class_of: Callable[[Tensor], Tensor] | None = None) -> Iterator[Activation]:
         """Count the decisions of all forwards inside the block.
 
         Args:

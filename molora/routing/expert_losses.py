@@ -137,8 +137,8 @@ def match(routing: Routing, ctx: Context, *, target: str = "target", kind: str =
     """Return how far probs are from a target that a scorer or a selector left in its notes; 0 without one.
 
     The target gets no gradient. A scorer that decided by something else than its router leaves what the router itself
-    says as note `own`, and then that is compared. CompeteSMoE (mse to the softmax of the experts' responses), StableMoE (ce to the best
-    expert), Read-ME (kl).
+    says as note `own`, and then that is compared. CompeteSMoE (mse to the softmax of the experts' responses), StableMoE
+    (ce to the best expert), Read-ME (kl).
 
     Options:
         target: name of the note, (B, S, N) with non-negative entries; they are divided by their sum.

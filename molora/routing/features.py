@@ -3,7 +3,7 @@
 A feature is a Module built with `(dim, **options)`; `dim` on the instance is the size D of what it returns. It is
 called with `(x, ctx)` before pooling. Facts: `given=("place",)` for those that ask where the router stands in the depth
 of the model, `remembers` for those that need the tokens in a key-value cache (Memory.past), `attends` for those that
-need the attention weights of the model. A feature with a method `borrow(owner)` shares what it learns: the tuner calls
+need the attention weights of the model, `first_pass` for those that need the last states of the model alone. A feature with a method `borrow(owner)` shares what it learns: the tuner calls
 it for all routers but the first.
 """
 
@@ -29,7 +29,7 @@ class Place:
 
     `vocab` is how many token ids the model knows, None when it reads no tokens. `block` is the path of the transformer
     block whose tokens it reads, empty outside of blocks. `index` counts the routers of an adapter, of which there are
-    `count`.
+    `count`. `out` is how many numbers the layer gives out, None where that is not known.
     """
 
     name: str = ""
@@ -38,6 +38,7 @@ class Place:
     block: str = ""
     index: int = 0
     count: int = 1
+    out: int | None = None
 
 
 @features.register("identity")
@@ -98,6 +99,11 @@ def remember(specs: Spec | Sequence[Spec] | None) -> bool:
 def attend(specs: Spec | Sequence[Spec] | None) -> bool:
     """Tell whether any of these features needs the attention weights of the model (fact `attends`)."""
     return any(features.fact(split_spec(spec)[0], "attends", False) for spec in listed(specs))
+
+
+def look_ahead(specs: Spec | Sequence[Spec] | None) -> bool:
+    """Tell whether any of these features needs a first pass of the model without its adapters (fact `first_pass`)."""
+    return any(features.fact(split_spec(spec)[0], "first_pass", False) for spec in listed(specs))
 
 
 def build_features(specs: Spec | Sequence[Spec] | None, dim: int, place: Place) -> nn.ModuleList:

@@ -50,15 +50,20 @@ def only(scores: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen, scores, scores - FAR)
 
 
-def balanced_bins(counts: Sequence[float] | Tensor, bins: int) -> Tensor:
+def balanced_bins(counts: Sequence[float] | Tensor, bins: int, seed: int | None = None) -> Tensor:
     """Return the bin (V,) of each id: from the most frequent on, each goes to the bin that is lightest so far.
 
     No bin gets heavier than the mean plus the heaviest id. The balanced variant of Hash layers (arXiv 2106.04426),
-    inferred from the abstract. Ties go to the id and to the bin with the lower number.
+    inferred from the abstract. Ties go to the id and to the bin with the lower number. A seed makes another table:
+    ids are then ranked by their counts times a random number in [0.5, 1), which keeps the bound.
     """
     weights = torch.as_tensor(counts, dtype=torch.float64)
+    ranks = weights
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        ranks = weights * (0.5 + 0.5 * torch.rand(len(weights), generator=generator, dtype=torch.float64, device="cpu"))
     table, load = torch.empty(len(weights), dtype=torch.long), [(0.0, number) for number in range(bins)]
-    for token in weights.argsort(descending=True, stable=True).tolist():
+    for token in ranks.argsort(descending=True, stable=True).tolist():
         weight, lightest = heapq.heappop(load)
         table[token] = lightest
         heapq.heappush(load, (weight + float(weights[token]), lightest))
@@ -108,7 +113,7 @@ class Hash(nn.Module):
 
     @torch.no_grad()
     def balance(self, counts: Sequence[float] | Tensor) -> None:
-        """Make the tables even for token counts (V,); with several tables each starts from another order of ties.
+        """Make the tables even for token counts (V,); several tables rank the ids differently (see balanced_bins).
 
         Raises:
             ConfigError: not one count per id.
@@ -116,12 +121,8 @@ class Hash(nn.Module):
         vocab = self.table.shape[1]
         if len(counts) != vocab:
             raise ConfigError(f"balance() needs one count per token id: {vocab}, got {len(counts)}")
-        bins, tables = self.num_experts // self.hashes, []
-        for number in range(self.hashes):
-            order = torch.randperm(vocab, generator=torch.Generator().manual_seed(number), device="cpu")
-            table = torch.empty(vocab, dtype=torch.long)
-            table[order] = balanced_bins(torch.as_tensor(counts, dtype=torch.float64)[order], bins)
-            tables.append(table)
+        bins = self.num_experts // self.hashes
+        tables = [balanced_bins(counts, bins, seed=number or None) for number in range(self.hashes)]
         self.table.copy_(self._in_groups(torch.stack(tables)))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:

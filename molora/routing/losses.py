@@ -231,9 +231,9 @@ class WeightedLoss:
     """One loss of a config: the function with its options, its weight, and how decisions of several sites add up.
 
     Args:
-        spec: `{name, weight, over, branch, when, **options}`; weight may be a schedule or a controller; `over` is `mean` (default)
-            or `sum` over the decisions of a forward. `branch` takes the decision of one branch, by its number; `when`
-            counts only decisions that carry a note of this name.
+        spec: `{name, weight, over, branch, when, **options}`; weight may be a schedule or a controller; `over` is
+            `mean` (default) or `sum` over the decisions of a forward. `branch` takes the decision of one branch, by its
+            number; `when` counts only decisions that carry a note of this name.
 
     Attributes:
         controller: the Controller of the weight, which the tuner puts where it is saved; None for other weights.
@@ -303,9 +303,8 @@ def check_loss(spec: Mapping[str, Any]) -> list[str]:
         even = torch.full((1, 1, 2), 0.5)
         try:
             loss = WeightedLoss(spec)
-            for progress in (
-                () if "parts" in loss.takes else (0.0, 1.0)
-            ):  # wrong options fail now, not in the first step
+            # wrong options fail now, not in the first step
+            for progress in () if "parts" in loss.takes else (0.0, 1.0):
                 loss(Routing(even, even, even), Context(progress=progress), 1)
         except ConfigError as error:
             problems.append(f"loss '{spec['name']}': {error}")

@@ -96,8 +96,8 @@ class Attention(_Mixing):
 
     Attention-aware SMoE (arXiv 2505.00792). The weights are those of the attention of the same block, so the feature
     acts on what runs after it (the MLP); the projections of that attention (q, k, v, o), and layers outside of blocks,
-    read their own state, a = I. Only eager attention gives its weights away, so wrapping switches the model to it; a model whose
-    attention gives none is refused.
+    read their own state, a = I. Only eager attention gives its weights away, so wrapping switches the model to it; a
+    model whose attention gives none is refused.
     """
 
     def __init__(self, dim: int, *, place: Place) -> None:

@@ -17,7 +17,7 @@ from .types import Context, Routing
 
 @scorers.register("momentum", given=("notes",), beside=("compare",))
 class Momentum(nn.Module):
-    """A scorer with a slow copy of itself, for the loss `task_contrast` (the task router of T2MIR).
+    """A scorer with a slow copy of itself, for the loss `task_contrast` (T2MIR, arXiv 2506.05426).
 
     The note `key` holds the scores of the copy, without gradient and noise. Once per optimizer step the copy moves by
     `rate` towards the scorer; it is saved with it. `compare` (E, E) is the bilinear form of the loss, starting at the

@@ -113,8 +113,8 @@ class Consistency:
 class Rloo:
     """Leave-one-out policy gradient of the routers over M draws (ReMix, arXiv 2603.10160).
 
-    `mean_m L_m` trains the experts; `sum_m stopgrad((L_m - mean L) / (M - 1)) log Q_m` the routers: its value is 0 here,
-    so that the reported loss is the task loss. Every draw is compared with the others, so a constant in L changes
+    `mean_m L_m` trains the experts; `sum_m stopgrad((L_m - mean L) / (M - 1)) log Q_m` the routers: its value is 0
+    here, so that the reported loss is the task loss. Every draw is compared with the others, so a constant in L changes
     nothing. That the experts get the mean over the M forwards is our reading.
 
     Options:

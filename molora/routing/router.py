@@ -165,7 +165,8 @@ class Router(nn.Module):
         read = getattr(self.pool, "dim", read)  # pools that do not keep the size say so
         scorer_name = split_spec(scorer)[0]
         takes = scorers.fact(scorer_name, "given", ())
-        self.scorer = scorers.build(scorer, read, choices * splits, **({"place": self.place} if "place" in takes else {}))
+        at = {"place": self.place} if "place" in takes else {}
+        self.scorer = scorers.build(scorer, read, choices * splits, **at)
         self._experts: tuple[Any, ...] = ()  # in a tuple, so that the bank is not registered as a part of the router
         self._scores_have_gradient = scorers.fact(scorer_name, "has_gradient", True)
         self._scorer_takes = tuple(name for name in takes if name != "place")  # that one is given when it is built
@@ -281,6 +282,8 @@ class Router(nn.Module):
         for name in self._selector_takes:
             if name == "price":
                 given[name] = None if self.price is None else self._prices().to(probs.device)
+                for edit, site in ctx.edits if self.price is not None else ():
+                    given[name] = edit.prices(given[name], site)
             elif name == "real":
                 given[name] = self.num_experts
             elif name == "scores":

@@ -51,7 +51,7 @@ def multi_step(progress: float, start_value: float, end_value: float) -> float:
     """Double (or halve) again and again, each value held as long as any other: 1 to 16 is 1, 2, 4, 8, 16."""
     doublings = abs(math.log2(end_value / start_value))
     values = math.ceil(doublings - 1e-9) + 1
-    step_number = min(int(progress * values), values - 1)
+    step_number = min(int(progress * values + 1e-9), values - 1)
     if step_number == values - 1:
         return end_value
     return start_value * 2.0 ** math.copysign(step_number, end_value / start_value - 1)

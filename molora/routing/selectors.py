@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..registry import Registry
-from .choice import PINS, SECONDS, best_groups, check_groups, explored, labels_of, largest, pin_last, thinned
+from . import choice
 from .entropy import entropies
 from .types import Context
 
@@ -36,8 +36,8 @@ _SWITCHES = {
     "weight": ("prob", "const", "biased"),
     "grad": ("soft", "straight_through", "policy", "none"),
     "crossing": ("include", "exclude"),
-    "pin": PINS,
-    "second": SECONDS,
+    "pin": choice.PINS,
+    "second": choice.SECONDS,
 }
 
 
@@ -187,27 +187,23 @@ def top_k(
     """
     check_switches(normalise=normalise, weight=weight, grad=grad, pin=pin, second=second)
     experts = probs.shape[-1]
-    if k < 1 or (k > experts and not clamp):
-        raise ConfigError(f"top_k needs 1 <= k <= number of experts, got k={k} with {experts}; or set clamp: true")
-    if not 0 <= explore <= 1:
-        raise ConfigError(f"top_k needs 0 <= explore <= 1, got {explore}")
-    k = min(k, experts)
-    check_groups(experts, k, n_group, topk_group, group_score)
+    k = choice.check_count(experts, k, clamp, explore)
+    choice.check_groups(experts, k, n_group, topk_group, group_score)
     biased = probs if price is None else probs - price
     if explore and ctx.training:
-        biased = explored(biased, explore)
+        biased = choice.explored(biased, explore)
     ranked = biased
     if topk_group < n_group:
-        ranked = biased.masked_fill(~best_groups(biased, n_group, topk_group, group_score), -torch.inf)
-    mask = largest(ranked, k)
-    labels = labels_of(ctx, probs) if pin == "hard" or (pin == "last" and ctx.training) else None
+        ranked = biased.masked_fill(~choice.best_groups(biased, n_group, topk_group, group_score), -torch.inf)
+    mask = choice.largest(ranked, k)
+    labels = choice.labels_of(ctx, probs) if pin == "hard" or (pin == "last" and ctx.training) else None
     if labels is not None and pin == "last":
-        mask = pin_last(mask, biased, labels)
+        mask = choice.pin_last(mask, biased, labels)
     gates = weigh(
         probs, mask, price, normalise=normalise, weight=weight, omega=omega, grad=grad, scale=scale, real=real
     )
     if second == "random" and ctx.training:
-        gates = thinned(gates, mask, k)
+        gates = choice.thinned(gates, mask, k)
     if labels is not None and pin == "hard":
         alone = torch.zeros_like(gates).scatter(-1, labels.clamp_min(0), 1.0)
         gates = torch.where(labels >= 0, alone, gates)

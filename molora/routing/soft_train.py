@@ -9,9 +9,7 @@ from .types import Context
 
 
 @selectors.register("soft_train", given=("real",), sparse=True)
-def soft_train(
-    probs: Tensor, ctx: Context, *, k: int = 3, normalise: str = "sum1", real: int | None = None
-) -> Tensor:
+def soft_train(probs: Tensor, ctx: Context, *, k: int = 3, normalise: str = "sum1", real: int | None = None) -> Tensor:
     """Keep every expert in training forwards, and the k most probable at inference (LoRA-Mixer, arXiv 2507.00029).
 
     Training and inference differ by design, as in the paper. Whether the paper divides the kept weights by their sum is

@@ -75,6 +75,7 @@ class Pass:
         cut: the groups whose decision should have a graph but was taken without one, in a reentrant checkpoint.
         aux: the auxiliary loss.
         memory: what routers pass on to later routers, and to later forwards of the same generation.
+        prompt_rows: rows of the prompt inside generate(), which may run several beams for each.
     """
 
     # not a dataclass: torch.compile cannot trace default factories
@@ -90,6 +91,7 @@ class Pass:
         self.cut: set[str] = set()
         self.aux = AuxLoss()
         self.memory = Memory()
+        self.prompt_rows: int | None = None
 
 
 @dataclass
@@ -97,6 +99,7 @@ class Plan:
     """What an adapter asks of the trace: its losses, how many decisions a forward takes, and what else it needs.
 
     `by_prompt`: decisions outlive a forward. `remembers`: routers need the tokens before this forward (Memory.past).
+    `attends`: routers need the attention weights of the model. `looks_ahead`: they need a first pass of the model alone.
     `draws`: routers draw at random in training (Memory.seed). `objective`: how the training loss is made of several
     forwards of a batch, if it is.
     """
@@ -105,6 +108,8 @@ class Plan:
     decisions: int
     by_prompt: bool = False
     remembers: bool = False
+    attends: bool = False
+    looks_ahead: bool = False
     draws: bool = False
     objective: Any = None
     scheduled: bool = False
@@ -318,6 +323,7 @@ class Trace:
         """Tell the masks of one stack (an encoder that runs inside or before the forward of its model)."""
         if not self._is_open:
             self._now = Pass()
+        context = dataclasses.replace(context, memory=self._now.memory)
         self._now.contexts[stack], self._now.shape[stack] = context, shape
 
     @property
@@ -336,9 +342,18 @@ class Trace:
         return self._graded.aux
 
     def is_silent(self, site: Site) -> bool:
-        """Whether a decision at `site` would reach nobody but its own experts, so that a kernel may take it itself."""
+        """Whether a decision at `site` would reach nobody but the experts of its group, so that a kernel may take it.
+
+        Where the group has other sites, they must be told of it (see `keep`).
+        """
         told = self.readers or self.edits or self.pins is not None
-        return not (told or site.shared or self._now.collecting) and site.column is None
+        return not (told or self._now.collecting) and site.column is None and site.part is None
+
+    def keep(self, site: Site, x: Tensor, gates: Tensor, probs: Tensor, scores: Tensor) -> None:
+        """Take over a decision that a kernel took for the N tokens of x (..., d); its tables are (N, E)."""
+        now = self._now
+        lead = _as_rows(x, now.shape.get(site.stack)).shape[:2]
+        now.decisions[site.group] = Routing(*[table.view(*lead, -1) for table in (scores, probs, gates)])
 
     def is_private(self, site: Site) -> bool:
         """Whether a decision at `site` in training would reach nobody but its own experts, as it does for `is_silent`.
@@ -371,9 +386,16 @@ class Trace:
         gates = None if self.pins is None else self._pinned(site, x.device)
         if gates is None:
             gates = self._routing(site, router, hidden, now).applied
+        else:
+            gates = _by_beam(gates, hidden, now)
         if site.column is not None:
             gates = gates[..., site.column : site.column + 1]
         return _as_input(gates, hidden, x)
+
+    def rows(self, site: Site, x: Tensor) -> tuple[Tensor, Context]:
+        """Return the input x (..., d) of a site as (B, S, d), and what the forward that is open knows about it."""
+        hidden = _as_rows(x, self._now.shape.get(site.stack))
+        return hidden, self._now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
 
     def passes(self, site: Site, router: Router | None, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return what the experts are given, for a site with `edits`: pairs of an input (..., d_in) and its gates."""
@@ -382,7 +404,7 @@ class Trace:
         pinned = None if self.pins is None else self._pinned(site, x.device)
         self.notice(site)
         if pinned is not None:
-            return [(x, _as_input(pinned, hidden, x))]
+            return [(x, _as_input(_by_beam(pinned, hidden, now), hidden, x))]
         routing = self._routing(site, router, hidden, now)
         return [
             (x if view is None else view.reshape(x.shape).to(x.dtype), _as_input(gates, hidden, x))
@@ -437,7 +459,7 @@ class Trace:
     def _collect(
         self, site: Site, router: Router, routing: Routing, ctx: Context, now: Pass, hidden: Tensor
     ) -> Routing:
-        if router.price is not None and not in_backward():
+        if not in_backward():
             router.observe(routing, ctx)
         plan = self.plans.get(site.adapter)
         if plan is None or not plan.losses:
@@ -454,6 +476,14 @@ def _autograd_clock() -> int:
 def as_gates(pinned: Tensor) -> Tensor:
     """Lay gates (E,), (S, E) or (B|1, S|1, E) out as float32 (B|1, S|1, E)."""
     return pinned.to(torch.float32).reshape((1,) * (3 - pinned.dim()) + pinned.shape)
+
+
+def _by_beam(pinned: Tensor, hidden: Tensor, now: Pass) -> Tensor:
+    """Repeat gates (B, S|1, E) pinned per row of a prompt for the beams or samples of that row inside generate()."""
+    rows, beams = pinned.shape[0], hidden.shape[0] // max(1, pinned.shape[0])
+    if rows == 1 or beams < 2 or rows != now.prompt_rows or rows * beams != hidden.shape[0]:
+        return pinned
+    return pinned.repeat_interleave(beams, 0)
 
 
 def _as_rows(x: Tensor, tokens: tuple[int, ...] | None) -> Tensor:
@@ -481,6 +511,9 @@ def _rows_of(remembered: Any, rows: Tensor) -> Any:
     """Pick rows of what a router remembers: a tensor (B, ...), or a mapping or sequence of them."""
     if isinstance(remembered, Tensor):
         return remembered.index_select(0, rows.to(remembered.device))
+    if hasattr(remembered, "reorder_cache"):  # a key-value cache of its own
+        remembered.reorder_cache(rows)
+        return remembered
     if isinstance(remembered, dict):
         return {name: _rows_of(value, rows) for name, value in remembered.items()}
     if isinstance(remembered, (list, tuple)):

@@ -26,10 +26,10 @@ _TOKENS_ONLY = "reads the hidden states of tokens: leave `feature` out, and set 
 
 @scorers.register("codebook", given=("x", "notes"), beside=("norm",))
 class Codebook(nn.Module):
-    """Score by the nearest code, and show the experts x pulled towards it (VQMoE; arXiv id in recipes/vqmoe.yaml).
+    """Score by the nearest code, and show the experts x pulled towards it (VQMoE, arXiv 2411.19402).
 
     With codes V (N, d), expert e owns the codes j with j mod E = e and scores `-min ||x - v_j||^2` over them, so that
-    the best expert is `j* mod E`, j* = argmin ||x - v_j||^2. The experts read `LayerNorm(x + pull * sg(v_j* - x))`, whose
+    the best expert is `j* mod E`, j* = argmin ||x - v_j||^2. The experts read `LayerNorm(x + pull * sg(v_j* - x))`; its
     gradient goes straight through to x. The codes learn from the loss `commitment` alone: sg cuts them off here.
 
     Options:
@@ -40,9 +40,7 @@ class Codebook(nn.Module):
 
     edits_input = True
 
-    def __init__(
-        self, dim: int, num_experts: int, *, codes: int = 512, pull: float = 0.05, init: float = 1.0
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, *, codes: int = 512, pull: float = 0.05, init: float = 1.0) -> None:
         super().__init__()
         if codes < 1 or not init > 0:
             raise ConfigError(f"scorer 'codebook' needs codes >= 1 and init > 0, got codes={codes}, init={init}")
@@ -84,7 +82,7 @@ def commitment(routing: Routing, ctx: Context, *, beta: float = 0.25, parts: Par
 
 @scorers.register("noisy_view", given=("x", "notes", "generator"))
 class NoisyView(nn.Module):
-    """Decide on a noisy copy of the states, which the experts read too, in training (S2MoE; see recipes/s2moe.yaml).
+    """Decide on a noisy copy of the states, which the experts read too, in training (S2MoE, arXiv 2503.23007).
 
     `x' = x * e1 + e2` with `e1 ~ N(1, size^2)` and `e2 ~ N(0, (size * sigma)^2)`, sigma (d,) the standard deviation of
     the states. This fit of the noise is inferred: the paper's formula is not known to us. sigma is a running average

@@ -2,7 +2,8 @@
 
 Hooks see the loss only when the model computes it. With label smoothing, a `compute_loss_func`, or a trainer that
 builds its loss from logits, the loss is formed outside; `attach(trainer)` adds the auxiliary loss there, with the same
-scaling, and runs the batch as often as an `objective` wants. It also moves schedules and prices with the optimizer's steps.
+scaling, and runs the batch as often as an `objective` wants. It also moves schedules and prices with the optimizer's
+steps.
 """
 
 from __future__ import annotations

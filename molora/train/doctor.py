@@ -19,7 +19,7 @@ from ..config import MoloraConfig
 from ..control import trace_of
 from ..registry import split_spec
 from ..routing.metrics import Usage
-from ..routing.scorers import scorers
+from ..routing.tasks import tasks_in
 from .findings import Finding, folder_findings, parameters_findings, structure_findings
 from .probe import Probe, Step, checkpointed, is_reentrant, make_batch, restoring, without_checkpointing
 from .scaling import ignores_token_count, takes_loss_arguments
@@ -71,9 +71,7 @@ def _training(
 ) -> Iterator[Finding]:
     base = peft_model_of(model, adapter).get_base_model()
     if batch is None:
-        name, options = split_spec(config.scorer)
-        by_task = scorers.fact(name, "reads") == "task"
-        batch = make_batch(base, num_tasks=options.get("num_tasks", 0) if by_task else 0)
+        batch = make_batch(base, num_tasks=tasks_in(config.scorer))
     probe, usage = Probe(model, batch, adapter), Usage(adapter=adapter)
     first = probe.step(usage=usage)
     if not all(torch.isfinite(torch.tensor(value)) for value in (first.loss, first.aux or 0.0)):

@@ -19,7 +19,7 @@ import yaml
 
 from ..config import MoloraConfig, build_config, read_recipe
 from ..errors import ConfigError, did_you_mean, raise_all
-from ..routing.scorers import scorers
+from ..routing.tasks import tasks_in, with_tasks
 from .models import DTYPES, QUANTIZE, TASK_TYPES
 
 if TYPE_CHECKING:
@@ -199,11 +199,13 @@ def resolve_recipe(recipe: str, overrides: Sequence[str], num_tasks: int) -> tup
     """Return the config of a recipe with overrides, and its `train` mapping; routing tables get `num_tasks` rows."""
     content = read_recipe(recipe)
     changes, train = apply_overrides(content, overrides)
-    scorer = changes.get("scorer", content.get("scorer", "linear"))
-    name = scorer if isinstance(scorer, str) else scorer.get("name", _name_of(content.get("scorer")))
-    if isinstance(name, str) and name in scorers and scorers.fact(name, "reads") == "task":
-        options = {} if isinstance(scorer, str) else scorer
-        changes["scorer"] = {**options, "name": name, "num_tasks": num_tasks}
+    of_recipe, changed = (_mapping(part.get("scorer")) for part in (content, changes))
+    renamed = changed.get("name", of_recipe.get("name")) != of_recipe.get("name")
+    scorer = changed if renamed else {**of_recipe, **changed}
+    if isinstance(scorer.get("name"), str):
+        fitted = with_tasks(scorer, num_tasks)
+        if tasks_in(fitted):
+            changes["scorer"] = fitted
     config = build_config(content, changes)
     recipe_train = content.get("train") or {}
     if not isinstance(recipe_train, Mapping):
@@ -211,8 +213,9 @@ def resolve_recipe(recipe: str, overrides: Sequence[str], num_tasks: int) -> tup
     return config, {**recipe_train, **train}
 
 
-def _name_of(spec: Any) -> Any:
-    return spec.get("name") if isinstance(spec, Mapping) else spec
+def _mapping(spec: Any) -> dict[str, Any]:
+    """Return a component spec as a mapping, empty for none."""
+    return dict(spec) if isinstance(spec, Mapping) else {} if spec is None else {"name": spec}
 
 
 def training_arguments(settings: TrainSettings, train: Mapping[str, Any], folder: Path) -> TrainingArguments:

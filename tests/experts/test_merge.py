@@ -11,9 +11,7 @@ D_IN, D_OUT = 9, 7
 
 
 def pairs_of(*ranks):
-    return [
-        (torch.randn(r, D_IN, dtype=torch.float64), torch.randn(D_OUT, r, dtype=torch.float64)) for r in ranks
-    ]
+    return [(torch.randn(r, D_IN, dtype=torch.float64), torch.randn(D_OUT, r, dtype=torch.float64)) for r in ranks]
 
 
 def updates(pairs, weights):

@@ -66,6 +66,23 @@ def test_it_decides_as_the_router_does(selector, bias):
             torch.testing.assert_close(found, wanted[rows], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lead", [(3, 5), (15,), (1, 15)])
+def test_a_decision_that_is_kept_is_the_routers(lead):
+    torch.manual_seed(3)
+    bank = ExpertBank(24, 20, [4] * 6)
+    nn.init.normal_(bank.B)
+    router = Router(24, 6, scorer={"name": "linear", "init": 0.4}, selector={"name": "top_k", "k": 2})
+    x, y, kept = torch.randn(*lead, 24), torch.randn(*lead, 20), []
+    with torch.no_grad():
+        wanted = router(x.view(-1, 1, 24), Context())
+        result = y + bank(x, wanted.gates.view(*lead, 6))
+        call = routed.Routed(bank, router.scorer, None, bank.layout, router.plain_form())
+        assert call.add_to(y, x, kept)
+    torch.testing.assert_close(y, result)
+    for mine, theirs in zip(kept, (wanted.gates, wanted.probs, wanted.scores), strict=True):
+        torch.testing.assert_close(mine, theirs[:, 0])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,8 +120,8 @@ def counted(monkeypatch):
     calls = []
     inner = routed.Routed.add_to
 
-    def add_to(self, y, x):
-        done = inner(self, y, x)
+    def add_to(self, y, x, kept=None):
+        done = inner(self, y, x, kept)
         calls.append(done)
         return done
 
@@ -123,12 +140,9 @@ def test_a_model_decodes_with_one_call_per_layer(counted):
     assert len(counted) == len(routed_layers(model))
 
 
-@pytest.mark.parametrize("why", ["recorded", "pinned", "shared", "graded", "hooked", "dropout", "checkpointed"])
+@pytest.mark.parametrize("why", ["recorded", "pinned", "graded", "hooked", "dropout", "checkpointed"])
 def test_a_decision_that_others_need_is_taken_by_the_trace(why, counted):
-    changes = (
-        {"share": "block"} if why == "shared" else {"experts": {"num": 6, "dropout": 0.5}} if why == "dropout" else {}
-    )
-    model = wrapped(**changes)
+    model = wrapped(**({"experts": {"num": 6, "dropout": 0.5}} if why == "dropout" else {}))
     inputs = tiny_inputs(model.base_model.model)
     if why == "hooked":
         for layer in routed_layers(model).values():
@@ -195,13 +209,15 @@ def test_pinned_gates_need_one_call_per_layer_and_change_nothing(gates, decided)
     assert len(decided) == len(routed_layers(model))
 
 
-@pytest.mark.parametrize("changes", [{"share": "block"}, {"granularity": "prompt"}])
-def test_decisions_that_are_taken_once_are_applied_in_one_call(changes, decided):
+@pytest.mark.parametrize("changes", [{"share": "block"}, {"share": "group"}, {"granularity": "prompt"}], ids=str)
+def test_decisions_that_are_taken_once_are_applied_in_one_call(changes, decided, counted):
     model = wrapped(**changes)
     inputs = tiny_inputs(model.base_model.model, batch=3, length=6)
     with torch.no_grad():
         fast = model(**inputs).logits
-        assert len(decided) == len(routed_layers(model)) and all(decided)
+        leading = 0 if "granularity" in changes else len([n for n, _ in model.named_modules() if n.endswith(".scorer")])
+        assert len(counted) == leading and all(counted)  # these decide and act in one call
+        assert len(decided) == len(routed_layers(model)) - leading and all(decided)
         with kernel("dense"):
             torch.testing.assert_close(model(**inputs).logits, fast, rtol=1e-4, atol=1e-4)
 

@@ -23,7 +23,10 @@ TWO = [
 ]
 VIEWED = [
     {"selector": {"name": "top_k", "k": 2}},
-    {"scorer": {"name": "codebook", "codes": 10}, "selector": {"name": "top_k", "k": 1, "weight": "const", "normalise": "none"}},
+    {
+        "scorer": {"name": "codebook", "codes": 10},
+        "selector": {"name": "top_k", "k": 1, "weight": "const", "normalise": "none"},
+    },
 ]
 CONFIG = {"experts": {"num": 4, "rank": 2, "scaling": 1.0}, "target_modules": ["q_proj", "up_proj"]}
 
@@ -114,7 +117,14 @@ def test_padding_and_the_future_are_not_seen(branches):
 
 
 def test_null_and_shared_experts_belong_to_all_branches():
-    router, x = branched([{"selector": {"name": "top_k", "k": 2}}, {"selector": {"name": "top_k", "k": 1}}], null=2, shared={"num": 2}), torch.randn(B, S, D)
+    router, x = (
+        branched(
+            [{"selector": {"name": "top_k", "k": 2}}, {"selector": {"name": "top_k", "k": 1}}],
+            null=2,
+            shared={"num": 2},
+        ),
+        torch.randn(B, S, D),
+    )
     routing = router(x, Context())
     assert routing.gates.shape == (B, S, E) and routing.scores.shape == (B, S, E + 2)
     assert routing.applied.shape == (B, S, E + 2) and routing.applied[..., E:].eq(1).all()

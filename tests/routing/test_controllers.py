@@ -13,7 +13,8 @@ import molora
 from molora.control import trace_of
 from molora.errors import ConfigError
 from molora.routing.controllers import Controller, check_controller, controllers
-from molora.routing.losses import WeightedLoss, check_loss, weighted_l1
+from molora.routing.load_losses import weighted_l1
+from molora.routing.losses import WeightedLoss, check_loss
 from molora.routing.types import Context, Routing
 from tests.tiny import tiny_inputs, tiny_llama
 

@@ -53,7 +53,9 @@ def test_the_estimator_is_unbiased_by_enumeration():
     log_qs = [log_prob_in_order(torch.log_softmax(scores, -1), order_of(draw), K) for draw in DRAWS]
     mean = torch.zeros(N, dtype=torch.float64)
     for first, second in itertools.product(range(len(DRAWS)), repeat=2):
-        surrogate = leave_one_out(torch.stack([losses[first], losses[second]]), torch.stack([log_qs[first], log_qs[second]]))
+        surrogate = leave_one_out(
+            torch.stack([losses[first], losses[second]]), torch.stack([log_qs[first], log_qs[second]])
+        )
         assert surrogate.item() == 0
         (estimate,) = torch.autograd.grad(surrogate, scores, retain_graph=True)
         mean += (log_qs[first] + log_qs[second]).exp().detach() * estimate

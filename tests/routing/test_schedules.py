@@ -106,3 +106,20 @@ def test_pickling():
             assert again("x", progress=0.4) == thing("x", progress=0.4)
         else:
             assert again == thing and again(0.4) == thing(0.4)
+
+
+def test_multi_step_doubles_and_halves_in_equal_intervals():
+    """SMoE-Dropout's 1, 2, 4, 8, 16."""
+    up = build_schedule({"schedule": "multi_step", "from": 1, "to": 16})
+    assert [up(p) for p in (0, 0.19, 0.2, 0.39, 0.4, 0.6, 0.79, 0.8, 1)] == [1, 1, 2, 2, 4, 8, 8, 16, 16]
+    down = build_schedule({"schedule": "multi_step", "from": 12, "to": 2, "end": 0.8})
+    assert [down(p) for p in (0, 0.1, 0.2, 0.4, 0.5, 0.6, 1)] == [12, 12, 6, 3, 3, 2, 2]
+    with pytest.raises(ConfigError, match="schedule 'multi_step' needs values of one sign"):
+        build_schedule({"schedule": "multi_step", "from": 0, "to": 2})
+
+
+def test_ramp_follows_its_curve():
+    ramp = build("ramp")
+    low = math.exp(-5)
+    assert ramp(0.5) == pytest.approx(2 + 6 * (math.exp(-1.25) - low) / (1 - low))
+    assert ramp(0.25) - ramp(0) < ramp(0.75) - ramp(0.5)

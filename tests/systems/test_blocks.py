@@ -85,7 +85,9 @@ def test_mixlora_starts_as_the_base_and_any_gates_do():
     ).eval()
     with molora.record(dynamic) as log:
         logits = dynamic(**inputs).logits
-    assert min(routing.gates.sum(-1).min() for routing in log.values()) < 0.95, "gates that sum to 1 would prove nothing"
+    assert min(routing.gates.sum(-1).min() for routing in log.values()) < 0.95, (
+        "gates that sum to 1 would prove nothing"
+    )
     torch.testing.assert_close(logits, base(**inputs).logits, atol=1e-6, rtol=1e-6)
 
 

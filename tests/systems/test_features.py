@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -512,6 +513,18 @@ def test_attention_aware_with_attention_to_itself_is_the_plain_router():
     torch.testing.assert_close(scores(even), plain(means, Context()).scores)
 
 
+@pytest.mark.proves("attention_aware", "similarity_aware", "rmoe")
+@pytest.mark.parametrize("recipe", ["attention_aware", "similarity_aware", "rmoe"])
+@torch.no_grad()
+def test_an_encoder_that_runs_before_its_model_routes_as_inside_of_it(recipe):
+    model = shaken(recipe, tiny_t5, spread=0.3)
+    inputs = padded_inputs(model)
+    inside = model(**inputs).encoder_last_hidden_state
+    for _ in range(2):  # generate() runs it so, once per batch
+        outside = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        torch.testing.assert_close(outside, inside, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.proves("attention_aware")
 def test_attention_aware_switches_to_eager_and_refuses_models_that_keep_their_weights():
     model = molora.wrap(tiny_llama(), "attention_aware")
@@ -523,6 +536,10 @@ def test_attention_aware_switches_to_eager_and_refuses_models_that_keep_their_we
     model.config._attn_implementation = "sdpa"
     with pytest.raises(RoutingError, match=r"attention weights of LlamaAttention.*eager"):
         model(**tiny_inputs(model))
+    model.add_adapter("plain", molora.MoloraConfig(experts={"num": 2, "rank": 2}))
+    model.delete_adapter("default")
+    model.set_adapter("plain")
+    model(**tiny_inputs(model))  # nobody asks for the weights any more
 
 
 # --- told from outside ------------------------------------------------------------------------------------------------
@@ -770,3 +787,49 @@ def test_home_without_gates_norm_and_tasks_is_a_plain_mixture():
     for task in (0, -1):
         routing = masked(x, Context(task_ids=torch.tensor([task, task])))
         torch.testing.assert_close(routing.gates, plain(x, Context()).gates)
+
+
+# --- one expert -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves(
+    "attention_aware",
+    "hyper_router",
+    "mixture_of_states",
+    "omni_router",
+    "rmoe",
+    "scope",
+    "similarity_aware",
+    "smoe_dropout",
+    "yuan_attention",
+)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "attention_aware",
+        "hyper_router",
+        "mixture_of_states",
+        "omni_router",
+        "rmoe",
+        "scope",
+        "similarity_aware",
+        "smoe_dropout",
+        "yuan_attention",
+    ],
+)
+@torch.no_grad()
+def test_one_expert_is_the_lora_of_peft(recipe):
+    model = shaken(recipe, experts={"num": 1, "shared": 0}, target_modules=["q_proj", "up_proj"])
+    bank = next(iter(routed_layers(model).values())).molora_bank["default"]
+    rank = bank.ranks[0]
+    config = LoraConfig(r=rank, lora_alpha=bank.scaling * rank, target_modules=["q_proj", "up_proj"])
+    reference = get_peft_model(tiny_llama(), config).eval()
+    for path, layer in routed_layers(model).items():
+        twin, (A, B) = reference.base_model.model.get_submodule(path), layer.molora_bank["default"].pair(0)
+        twin.lora_A["default"].weight.copy_(A)
+        twin.lora_B["default"].weight.copy_(B)
+    inputs = padded_inputs(model)
+    valid = inputs["attention_mask"].bool()
+    expected = reference(**inputs).logits[valid]
+    assert (expected - tiny_llama()(**inputs).logits[valid]).abs().max() > 1e-3
+    torch.testing.assert_close(model(**inputs).logits[valid], expected, atol=1e-5, rtol=1e-5)

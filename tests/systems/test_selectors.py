@@ -302,6 +302,23 @@ def test_deepseek_v3_price_evens_out_a_skewed_load():
     assert before > 0.6 and after < 0.35, (before, after)
 
 
+def test_kernels_leave_decisions_that_they_do_not_know_to_the_router():
+    plain = [{}, {"k": 3, "normalise": "sumk"}, {"clamp": True, "k": 9}, {"weight": "const", "omega": 0.5}]
+    other = [
+        *({"scale": 2.5}, {"n_group": 4, "topk_group": 2}, {"pin": "last"}, {"pin": "hard"}, {"second": "random"}),
+        {"explore": 0.1},
+    ]
+    for options, known in (*((o, True) for o in plain), *((o, False) for o in other)):
+        router = Router(16, 8, selector={"name": "top_k", **options})
+        assert (router.plain_form() is not None) is known, options
+    for selector in ("positive", "relative", "per_expert", "dynamic_k", "sparsegen"):
+        assert Router(16, 8, selector=selector).plain_form() is None
+    for link in ("relu", "identity", "l2_relu", "relu_rms", "sigmoid"):
+        assert Router(16, 8, link=link).plain_form() is None
+    assert Router(16, 8, scorer="mixture").plain_form() is None
+    assert Router(16, 8, null=2, selector={"name": "top_k", "normalise": "real"}).plain_form() is None
+
+
 def test_groups_that_cannot_hold_the_choice_are_refused():
     p = some_probs()
     for options, message in (

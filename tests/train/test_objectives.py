@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import molora
-from molora.control import routed_layers, trace_of
+from molora.control import trace_of
 from molora.errors import AuxLossError, ConfigError
 from molora.train.objectives import objective_of
 from tests.tiny import tiny_bert_classifier, tiny_inputs, tiny_llama, tiny_t5
@@ -83,7 +83,7 @@ def count_forwards(model):
     ids=lambda c: "-".join(c) or "plain",
 )
 def test_checkpointing_changes_no_gradient(changes):
-    """The recompute of each forward finds its own draws, masks and shared decisions, although one backward serves all."""
+    """The recompute of each forward finds its own draws, masks and shared decisions; one backward serves all."""
     runs = []
     for checkpointing in (False, True):
         model = model_for(**copy.deepcopy(changes))
@@ -160,11 +160,12 @@ def test_dropout_is_the_same_in_all_draws():
     assert not torch.equal(torch.get_rng_state(), state), "the next batch must see other noise"
 
 
-def test_auxiliary_losses_are_added_once_and_averaged():
+@pytest.mark.parametrize("changes", [{}, {"selector": "softmax", "scorer": "noisy", "objective": "consistency"}])
+def test_auxiliary_losses_are_added_once_and_averaged(changes):
     """The z-loss of all forwards and decisions together is a mean over both, as if they had been one batch."""
     losses, values = [], []
     for spec in ([], [{"name": "router_z", "weight": 1.0}]):
-        model = model_for(losses=spec)
+        model = model_for(losses=spec, **changes)
         values.clear()
 
         def reader(site, routing, ctx):
@@ -173,7 +174,7 @@ def test_auxiliary_losses_are_added_once_and_averaged():
         trace_of(model).readers.append(reader)
         torch.manual_seed(5)
         losses.append(molora.objective_loss(model, batch(model)))
-    assert len(values) == 3 * 4 and trace_of(model).aux.used
+    assert len(values) == objective_of(model).forwards * 4 and trace_of(model).aux.used
     torch.testing.assert_close(losses[1] - losses[0], torch.stack(values).mean(), atol=1e-5, rtol=1e-5)
     model(**batch(model)).loss.backward()  # nothing is left pending
 
@@ -238,12 +239,14 @@ def test_label_smoothing_works_per_batch_and_per_row(tmp_path):
 
 
 def test_what_cannot_work_is_said():
-    with pytest.raises(ConfigError, match="trains what is drawn: set selector: {name: sample"):
+    with pytest.raises(ConfigError, match=r"trains what is drawn: set selector: \{name: sample"):
         molora.wrap(tiny_llama(), {}, objective="rloo")
     with pytest.raises(ConfigError, match="objective 'rlo' is unknown; did you mean 'rloo'"):
         molora.wrap(tiny_llama(), {}, objective="rlo")
     with pytest.raises(ConfigError, match="cannot follow a schedule"):
-        molora.wrap(tiny_llama(), {}, objective={"name": "consistency", "alpha": {"schedule": "linear", "from": 0, "to": 1}})
+        molora.wrap(
+            tiny_llama(), {}, objective={"name": "consistency", "alpha": {"schedule": "linear", "from": 0, "to": 1}}
+        )
     model = model_for()
     inputs = tiny_inputs(model)
     with pytest.raises(ConfigError, match="pass labels"):

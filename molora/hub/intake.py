@@ -1,0 +1,99 @@
+"""What comes into a library: an adapter is copied into a draft, given a card with hashes, and checked."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from .. import compat, fingerprint
+from ..checkpoint import peft_model_of, save
+from ..errors import ConfigError, LoadError, raise_all
+from ..files import CARD as README
+from ..files import CONFIG, WEIGHTS, look
+from .card import CARD, AdapterCard, hash_files, read_card
+from .plain_yaml import read_yaml
+from .verify import Limits, check_folder
+
+KEPT = (CONFIG, WEIGHTS, README, "LICENSE", "NOTICE")  # of a folder that is added; the card is written anew
+
+
+def fill(draft: Path, source: str | Path | nn.Module, adapter: str) -> nn.Module | None:
+    """Copy an adapter folder into the draft, or save a model's adapter there; returns the base model of the latter."""
+    if not isinstance(source, nn.Module):
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise LoadError(f"there is no folder '{source}'; give the folder that holds {CONFIG} and {WEIGHTS}")
+        look(folder)  # completes a save that was interrupted
+        for name in KEPT:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, draft / name)
+        left = sorted(p.name for p in folder.iterdir() if p.name not in (*KEPT, CARD) and not p.name.startswith("."))
+        if left:
+            warnings.warn(f"not a part of the adapter, so not added: {', '.join(left)}", stacklevel=3)
+        return None
+    model = next((m for m in source.modules() if isinstance(m, PeftModel)), None)
+    if model is not None and adapter in model.peft_config and model.peft_config[adapter].peft_type != compat.MOLORA:
+        model.save_pretrained(str(draft), selected_adapters=[adapter])
+        if adapter != "default":
+            for path in (draft / adapter).iterdir():
+                path.rename(draft / path.name)
+            (draft / adapter).rmdir()
+    else:
+        model = peft_model_of(source, adapter)
+        save(model, draft, adapter)
+    return model.get_base_model()
+
+
+def make_card(
+    draft: Path, source: Any, card: Any, fields: Mapping[str, Any], base: nn.Module | None = None
+) -> AdapterCard:
+    """Return the card of a filled draft: as given or found, with `fields` in place; base and hashes are filled in.
+
+    Args:
+        draft: the adapter's files.
+        source: where they came from; a folder may hold a card, whose hashes must be right.
+        card: an AdapterCard, its content, a card.yaml, or None.
+        fields: of the card, in place of those in `card`.
+        base: the base model, for its fingerprint.
+
+    Raises:
+        ConfigError: the card cannot be used.
+        LoadError: files have other content than the card beside them says.
+    """
+    files = hash_files(draft)
+    if card is None and not isinstance(source, nn.Module) and (Path(source).expanduser() / CARD).is_file():
+        card = read_card(Path(source).expanduser())
+        changed = [f"{name} has other content than its card says" for name, sha in files.items()
+                   if card.files.get(name, sha) != sha]  # fmt: skip
+        raise_all(changed, LoadError, f"adapter '{source}' was not added")
+    elif isinstance(card, (str, Path)):
+        try:
+            card = AdapterCard.from_dict(read_yaml(Path(card).expanduser().read_text(encoding="utf-8"), str(card)))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the card '{card}' cannot be read: {error}") from None
+    elif isinstance(card, Mapping):
+        card = AdapterCard.from_dict(card)
+    card = (card or AdapterCard()).replace(**{**fields, "files": files})
+    config = look(draft).config or {}
+    if not card.base and isinstance(config.get("base_model_name_or_path"), str):
+        card = card.replace(base=config["base_model_name_or_path"])
+    if card.fingerprint is None and fingerprint.is_well_formed(config.get("fingerprint")):
+        card = card.replace(fingerprint=config["fingerprint"])
+    if card.fingerprint is None and base is not None:
+        whole = config.get("modules_to_save")
+        card = card.replace(fingerprint=fingerprint.of_model(base, compat.linear_sizes, whole)[0])
+    return card
+
+
+def check(folder: Path, base: nn.Module | None = None, limits: Limits | None = None) -> list[str]:
+    """Return everything that is wrong with an adapter folder of a library, which has a card with all hashes."""
+    problems = check_folder(folder, base=base, limits=limits).problems
+    if not (folder / CARD).exists():
+        problems.append(f"{CARD} is missing; write one, or add the adapter again with: molora hub add")
+    return problems

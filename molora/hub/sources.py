@@ -1,0 +1,283 @@
+"""Sources: where adapters come from. A source lists the files of one adapter and gives their bytes from any place on.
+
+    owner/name, owner/name@revision, hf://owner/name@revision/folder      repositories of a Hugging Face Hub
+    https://huggingface.co/owner/name/tree/revision/folder                the same, as in a browser
+    s3://bucket/folder, gs://..., az://..., file:///..., memory://...     storage, through fsspec
+
+A Hub repository is pinned to a commit as soon as it is opened, and storage to the hashes in its card.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+from urllib.parse import quote, unquote, urlsplit
+
+import fsspec
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..errors import ConfigError, LoadError
+from ..files import CARD as README
+from ..files import CONFIG, PICKLES, WEIGHTS
+from ..headers import shown
+from .card import CARD, MAX_CARD, AdapterCard
+from .names import is_version
+from .web import Broken, Web
+
+FILES = (CONFIG, WEIGHTS, CARD, README, "LICENSE", "NOTICE")  # all that is ever transferred
+STORAGE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "file", "memory")
+BLOCK = 1 << 20
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a source promises about a file: its size in bytes and, from a Hub, a hash of its content.
+
+    Attributes:
+        name: in the adapter's folder.
+        size: bytes.
+        sha256: of the content.
+        git: sha1 of `blob <size>\\0` and the content, as git names small files.
+    """
+
+    name: str
+    size: int
+    sha256: str | None = None
+    git: str | None = None
+
+
+class Source(Protocol):
+    """An adapter somewhere else.
+
+    Attributes:
+        where: it is, to be read by people.
+        revision: what it is pinned to; empty when nothing but the hashes in its card do.
+        files: those of FILES that it has, by name.
+    """
+
+    where: str
+    revision: str
+    files: dict[str, RemoteFile]
+
+    def read(self, name: str, start: int) -> Iterator[bytes]:
+        """Yield the bytes of a file from `start` on, or an empty block first and then all when it cannot skip."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """A parsed address: a repository with revision and folder, or the URL of a folder in storage."""
+
+    text: str
+    repo: str | None = None
+    revision: str | None = None
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its last part that is no version number, which is what the adapter is called by default."""
+        parts = [part for part in (self.folder or self.repo or self.text).split("/") if part and not is_version(part)]
+        return parts[-1] if parts else ""
+
+
+def parse_address(text: str, endpoint: str) -> Address:
+    """Read the address of an adapter.
+
+    Args:
+        text: as in the head of this module.
+        endpoint: of the Hub, whose pages are addresses, too.
+
+    Raises:
+        ConfigError: it is no such address.
+    """
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return _repository(text, text)
+    if scheme == "hf":
+        return _repository(text, rest)
+    if scheme in ("http", "https"):
+        for site in (endpoint, "https://huggingface.co", "https://hf.co"):
+            if text.startswith(f"{site}/"):
+                repo, _, tail = unquote(urlsplit(text).path[len(urlsplit(site).path) + 1 :]).partition("/tree/")
+                revision, _, folder = tail.partition("/")
+                return _repository(text, repo.strip("/") + (f"@{revision}" if revision else "") + f"/{folder}")
+        raise ConfigError(f"'{text}' is no page of the Hub at {endpoint}; give its endpoint, or storage such as s3://")
+    if scheme not in STORAGE or "::" in text:
+        raise ConfigError(f"addresses of type '{scheme}' are not read; known: hf, https, {', '.join(STORAGE)}")
+    if ".." in rest.split("/"):
+        raise ConfigError(f"'{text}' holds '..'; write the folder itself")
+    return Address(text.rstrip("/"))
+
+
+def _repository(text: str, rest: str) -> Address:
+    found = re.fullmatch(r"([^/@]+(?:/[^/@]+)?)(?:@([^/]+))?(?:/(.*))?", rest.strip("/"))
+    repo, revision, folder = found.groups() if found else (rest, None, "")
+    folder = (folder or "").strip("/")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ConfigError(f"'{text}' is no address of an adapter: write owner/name, or s3://bucket/folder") from None
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise ConfigError(f"revision {revision!r} is no branch, tag or commit")
+    if any(part in ("", ".", "..") for part in folder.split("/")) and folder:
+        raise ConfigError(f"'{text}' names the folder '{folder}', which is none")
+    return Address(text, repo, revision, folder)
+
+
+class HubSource:
+    """An adapter in a repository of a Hugging Face Hub, at one commit.
+
+    Args:
+        web: the client.
+        address: of the repository.
+        revision: branch, tag or commit, in place of the address's own.
+
+    Raises:
+        LoadError: it cannot be read, or holds no adapter.
+    """
+
+    def __init__(self, web: Web, address: Address, revision: str | None = None) -> None:
+        wanted = revision or address.revision or "main"
+        url = f"{web.endpoint}/api/models/{address.repo}/revision/{quote(wanted, safe='')}?blobs=true"
+        info = web.json(url)
+        commit, siblings = (info.get("sha"), info.get("siblings")) if isinstance(info, dict) else (None, None)
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not isinstance(siblings, list):
+            raise LoadError(f"{web.endpoint} does not answer as a Hub does about '{address.repo}'")
+        if _COMMIT.fullmatch(wanted) and wanted != commit:
+            raise LoadError(f"'{address.repo}' was asked for at commit {wanted}, the Hub answers with {commit}")
+        self.web, self.repo, self.revision = web, str(address.repo), commit
+        every = {str(file.get("rfilename")): file for file in siblings if isinstance(file, dict)}
+        self.folder = _adapter_folder(address.folder, every, address.text)
+        prefix = f"{self.folder}/" if self.folder else ""
+        self.files = {name: _promise(name, every[prefix + name], self.repo) for name in FILES if prefix + name in every}
+        self.where = f"hf://{self.repo}@{commit}{'/' * bool(self.folder)}{self.folder}"
+
+    def read(self, name: str, start: int) -> Iterator[bytes]:
+        """Yield the bytes of a file from `start` on, or an empty block first and then all of them.
+
+        Raises:
+            Broken: the connection broke on the way.
+            LoadError: the Hub does not give it, or gives another version.
+        """
+        path = quote(f"{self.folder}/{name}" if self.folder else name)
+        promised = self.files[name]
+        with self.web.get(f"{self.web.endpoint}/{self.repo}/resolve/{self.revision}/{path}", start) as (answer, told):
+            commit, etag = told.get("x-repo-commit"), told.get("x-linked-etag", "").removeprefix("W/").strip('"')
+            if commit not in (None, self.revision):
+                raise LoadError(f"{name} comes from commit {shown(commit)}, {self.revision} was asked for")
+            if promised.sha256 and _SHA256.fullmatch(etag) and etag != promised.sha256:
+                raise LoadError(f"{name} is now said to have sha256 {etag}, before it was {promised.sha256}")
+            if answer.status_code == 416:
+                raise LoadError(
+                    f"{name} from {self.where} is truncated: there are no more than {start:,} of the "
+                    f"{promised.size:,} bytes promised"
+                )
+            if start and not _starts_at(answer, start):
+                if answer.status_code == 206:
+                    raise LoadError(f"{self.web.endpoint} sends another part of {name} than was asked for")
+                yield b""
+            yield from self.web.blocks(answer)
+
+
+def _starts_at(answer: Any, start: int) -> bool:
+    return answer.status_code == 206 and (answer.headers.get("content-range") or "").startswith(f"bytes {start}-")
+
+
+def _promise(name: str, file: Mapping[str, Any], repo: str) -> RemoteFile:
+    lfs = file.get("lfs") if isinstance(file.get("lfs"), dict) else {}
+    size, sha256, git = lfs.get("size", file.get("size")), lfs.get("sha256"), file.get("blobId")
+    sha256 = sha256 if isinstance(sha256, str) and _SHA256.fullmatch(sha256) else None
+    git = git if sha256 is None and isinstance(git, str) and _COMMIT.fullmatch(git) else None
+    if type(size) is not int or size < 0 or (sha256 is None and git is None):
+        raise LoadError(f"the Hub tells no size and hash of {name} in '{repo}'")
+    return RemoteFile(name, size, sha256, git)
+
+
+class StorageSource:
+    """An adapter in a folder of S3-like storage, through fsspec.
+
+    Args:
+        url: of the folder.
+        options: of the file system, such as key and secret; see the documentation of s3fs, gcsfs, adlfs.
+
+    Raises:
+        LoadError: it cannot be read, or holds no adapter.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+        self.fs, root = storage(url, options)
+        try:
+            found = self.fs.find(root, maxdepth=3, detail=True)
+        except Exception as error:  # each file system has its own
+            raise LoadError(f"'{url}' cannot be read: {shown(error)}") from error
+        base = self.fs._strip_protocol(root).strip("/")
+        every = {path.strip("/").removeprefix(base).strip("/"): info for path, info in found.items()}
+        folder = _adapter_folder("", every, url)
+        self.where, self.revision = f"{url}/{folder}".rstrip("/"), ""
+        prefix, self._paths, self.files = f"{folder}/" if folder else "", {}, {}
+        for name in FILES:
+            info = every.get(prefix + name)
+            if info is not None and info.get("islink"):
+                raise LoadError(f"{name} in '{url}' is a link; an adapter holds its files itself")
+            if info is not None and isinstance(info.get("size"), int):
+                self._paths[name] = info["name"]
+                self.files[name] = RemoteFile(name, info["size"])
+        for name, sha256 in self._hashes().items():
+            if name in self.files:
+                self.files[name] = replace(self.files[name], sha256=sha256)
+
+    def _hashes(self) -> Mapping[str, str]:
+        """Return the hashes in the card, which let an interrupted download go on; none when it is damaged."""
+        if CARD not in self.files or self.files[CARD].size > MAX_CARD:
+            return {}
+        try:
+            return AdapterCard.from_yaml(b"".join(self.read(CARD, 0)).decode("utf-8")).files
+        except (ConfigError, UnicodeDecodeError):
+            return {}  # check_folder says what is wrong with it
+
+    def read(self, name: str, start: int) -> Iterator[bytes]:
+        """Yield the bytes of a file from `start` on; raise Broken when they stop."""
+        try:
+            with self.fs.open(self._paths[name], "rb") as file:
+                file.seek(start)
+                while block := file.read(BLOCK):
+                    yield block
+        except OSError as error:
+            raise Broken(f"{name} cannot be read from {self.where}: {shown(error)}") from error
+
+
+def storage(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
+    """Return the file system of a URL and the path in it; raise ConfigError when it cannot be used."""
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **(options or {}))
+    except ImportError as error:
+        raise ConfigError(f"'{url}' needs another package: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"'{url}' cannot be opened: {error}") from None
+    return fs, str(root)
+
+
+def _adapter_folder(folder: str, every: Mapping[str, Any], where: str) -> str:
+    """Return the folder of an adapter: the one asked for, or the newest version in it."""
+    prefix = f"{folder}/" if folder else ""
+    inside = [path.removeprefix(prefix) for path in every if path.startswith(prefix)]
+    if CONFIG in inside:
+        if WEIGHTS not in inside:
+            pickles = sorted(p for p in inside if p.startswith("adapter_model.") and p.endswith(PICKLES))
+            why = (
+                f"only {shown(pickles[0])}, a pickle, which can run any code and is never loaded" if pickles else "none"
+            )
+            raise LoadError(f"'{where}' has no {WEIGHTS}: {why}; have it saved as safetensors")
+        return folder
+    homes = sorted(path.removesuffix(f"/{CONFIG}") for path in inside if path.endswith(f"/{CONFIG}"))
+    versions: Sequence[str] = [home for home in homes if is_version(home)]
+    if versions:
+        return prefix + max(versions, key=int)
+    if homes:
+        shortened = ", ".join(shown(home)[1:-1] for home in homes[:10]) + (", …" if len(homes) > 10 else "")
+        raise LoadError(f"'{where}' holds several adapters: {shortened}; name the folder of one")
+    raise LoadError(f"'{where}' holds no adapter: there is no {CONFIG}")
