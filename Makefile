@@ -1,4 +1,4 @@
-# make setup | demo | test | docs | bench-speed | lint | format | clean
+# make setup | demo | test | docs | bench-speed | bench-swap | lint | format | clean
 # `demo`, `test`, `lint` and `format` create the environment when it is missing and reuse it when it is there.
 # Needs Python 3.10 or newer with venv, and a network for the first set-up only.
 
@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 #   make setup TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 
-.PHONY: setup demo test docs bench-speed lint format clean
+.PHONY: setup demo test docs bench-speed bench-swap lint format clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ test: $(STAMP)
 # About 16 minutes; writes tables and pictures to benchmarks/results. BENCH_ARGS="--only decode --minutes 3" for a part.
 bench-speed: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
+
+# Under two minutes; exits with 1 when a swap takes more than half of the time of PEFT's hotswap_adapter.
+bench-swap: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.swap $(BENCH_ARGS)
 
 docs: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/make_systems.py

@@ -132,6 +132,7 @@ def _slots(part: dict[str, Any]) -> list[str]:
 
 def _ratios(part: dict[str, Any]) -> list[str]:
     extra = {"tokens_per_second": "tokens/s", "saved_mib": "saved MiB", "saved_ratio": "saved / base"}
+    extra["trainable_k"] = "trainable, thousands"
     extra = {key: head for key, head in extra.items() if key in part["rows"][0]}
     lines = []
     for row in part["rows"]:

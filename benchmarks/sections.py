@@ -44,6 +44,7 @@ class Sizes:
     layer: int = 1024  # width of the single layer that the scaling section looks at
     lengths: tuple[int, ...] = (1, 8, 32, 128, 512, 2048)
     loaded: tuple[int, ...] = (3, 65)
+    recipes: tuple[str, ...] = ()  # which recipes the sections of single recipes time; none: all
     least: int = LEAST  # rounds
     sample: float = 0.04  # seconds
 
@@ -64,6 +65,7 @@ QUICK = Sizes(
     layer=64,
     lengths=(1, 16),
     loaded=(2, 3),
+    recipes=("lora", "mola", "mixlora", "remix"),
     least=2,
     sample=0.0,
 )

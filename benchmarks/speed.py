@@ -30,6 +30,7 @@ import torch
 
 from . import report, sections
 from .budget import Budget, Part
+from .mechanisms import SHAPE, mechanisms
 from .models import Shape
 from .scaling import scaling
 from .sections import FULL, QUICK, Field, Sizes
@@ -58,6 +59,8 @@ def plan(sizes: Sizes) -> dict[str, Part]:
         ("batch", 1, 0.6, 1),
     ):
         found[f"by {what}"] = Part(partial(_scaling, what), setup, seconds, share)
+    for name, decode, seconds in (("recipes training", False, 12), ("recipes decode", True, 1.5)):
+        found[name] = Part(partial(_mechanisms, decode), 25, seconds, 4)
     found["slots"] = Part(sections.slots, 60, 0, 1)
     return found
 
@@ -68,6 +71,11 @@ def _whole(section: Callable[..., dict[str, Any]], shape: Shape, field: Field, u
 
 def _tenants(rows: int, layers: int, field: Field, until: float) -> dict[str, Any]:
     return sections.tenants(field, rows, layers, until)
+
+
+def _mechanisms(decode: bool, field: Field, until: float) -> dict[str, Any]:
+    shape = QUICK.narrow if field.sizes is QUICK else SHAPE
+    return mechanisms(field, shape, until, decode=decode)
 
 
 def _scaling(what: str, field: Field, until: float) -> dict[str, Any]:

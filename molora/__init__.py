@@ -12,7 +12,9 @@ from .control import add_aux, drop_aux, edit, pin, record, report, set_progress,
 from .errors import AuxLossError, ConfigError, DataError, LoadError, MoloraError, RoutingError
 from .from_peft import import_peft
 from .growth import few_shot, grow
+from .hub.card import AdapterCard
 from .hub.compose import compose, live, using_experts
+from .hub.store import Hub
 from .kernels.choose import kernel
 from .to_peft import export_peft
 from .train.attach import attach
@@ -23,9 +25,11 @@ from .wrapping import wrap
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AdapterCard",
     "AuxLossError",
     "ConfigError",
     "DataError",
+    "Hub",
     "LoadError",
     "MoloraConfig",
     "MoloraError",

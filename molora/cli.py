@@ -54,6 +54,17 @@ example:
   molora hub search headlines
   molora hub verify"""
 
+COMPOSE = """Make one mixture of finished LoRAs, with a router that needs no training, and save it as an adapter.
+
+example:
+  molora compose --model ./llama ./news ./law poems@2 --router arrow --out mixed
+  molora compose --model ./llama news=./a law=./b --router arrow --option top_k=1 --slots 4 --max-rank 32 --out mixed"""
+EXPORT = """Write one expert of a mixture, or fixed weights of several, as a plain LoRA that any PEFT loads.
+
+example:
+  molora export mixed --expert news --out news_lora
+  molora export mixed --weight news=0.7 --weight law=0.3 --out blend"""
+
 
 class UsageError(Exception):
     """A mistake in the arguments."""
@@ -91,6 +102,8 @@ def build_parser() -> Parser:
         ("recipes", _recipes, RECIPES),
         ("doctor", _doctor, DOCTOR),
         ("hub", _hub, HUB),
+        ("compose", _compose, COMPOSE),
+        ("export", _export, EXPORT),
     ):
         command = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)
         add(command)
@@ -177,6 +190,24 @@ def _hub(command: Parser) -> None:
         from molora.hub.parser import add_hub  # only when it is asked for
 
         add_hub(command)
+
+    command.fill = fill
+
+
+def _compose(command: Parser) -> None:
+    def fill() -> None:
+        from molora.hub.compose_commands import add_compose
+
+        add_compose(command)
+
+    command.fill = fill
+
+
+def _export(command: Parser) -> None:
+    def fill() -> None:
+        from molora.hub.compose_commands import add_export
+
+        add_export(command)
 
     command.fill = fill
 

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     logging.set_verbosity_error()  # what matters is said by molora
     getLogger("bitsandbytes").setLevel(ERROR)
     commands = {"train": train, "eval": evaluate, "inspect": inspect, "recipes": recipes, "doctor": doctor, "hub": hub}
+    commands |= {"compose": compose, "export": export}
     command = commands[args.command]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -264,5 +265,19 @@ def doctor(args: argparse.Namespace) -> int:
 def hub(args: argparse.Namespace) -> int:
     """Run a command on a library of adapters."""
     from .hub.commands import run
+
+    return run(args)
+
+
+def compose(args: argparse.Namespace) -> int:
+    """Make a mixture of finished LoRAs."""
+    from .hub.compose_commands import compose as run
+
+    return run(args)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write an expert, or a fixed mixture, as a plain LoRA."""
+    from .hub.compose_commands import export as run
 
     return run(args)

@@ -79,8 +79,8 @@ class MoloraConfig(PeftConfig):
             `shared_a`, `module` or `block` (an expert is a whole MLP; other layers have one LoRA each), or another
             form of experts/forms.py. `num` may be a list, stretched over the depth (MoLA). `rank` may be a list, one
             per expert. The delta is scaled by `scaling`, else alpha / rank (alpha / sqrt(rank) with `rslora`).
-            `frozen` is a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from. `null`
-            experts take part in the choice and do nothing; `shared` experts come after the `num` routed ones and are
+            `frozen` is a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from.
+            `null` experts take part in the choice and do nothing; `shared` experts come after the `num` routed ones and are
             always on, with weight `shared_weight` (times a learned sigmoid with `shared_gate: sigmoid`). `num` may also
             be a profile over the depth, `{profile, min, max, total}` (plan.over_depth). `pool` makes layers of equal
             `shape` (or equal shape and `name`) share one bank, each with its own router.

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+GATES = "molora_gates.safetensors"  # of a LoRA, one vector per layer (molora/posthoc/gates.py)
 INCOMING = ".incoming"  # a complete set of new files on its way into the folder around it
 
 HOW_TO_LOAD = """## How to load this adapter
@@ -145,7 +146,7 @@ def not_finite(file: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
                     torch.isfinite(part.float()).all() for part in _parts(weights, name, info)
                 ):
                     found.append(f"tensor '{name}' holds NaN or Inf")
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:  # the last two: it cannot be mapped
         return [f"{file.name} cannot be read: {error}"]
     return found
 

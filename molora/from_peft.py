@@ -165,8 +165,11 @@ def lora_problems(contents: Contents, sizes: Mapping[str, tuple[int, int]] | Non
     return _misfits(lora, sizes), max((pair.rank for pair in lora.pairs.values()), default=0)
 
 
-def read_lora(lora: Lora, sizes: Mapping[str, tuple[int, int]], values: bool = True) -> list[str]:
-    """Fill in the pairs of a LoRA; returns everything that keeps it from being an expert, `values` NaN and Inf too."""
+def read_lora(lora: Lora, sizes: Mapping[str, tuple[int, int]] | None, values: bool = True) -> list[str]:
+    """Fill in the pairs of a LoRA; returns everything that keeps it from being an expert, `values` NaN and Inf too.
+
+    Without sizes of the base's layers, A and B must fit each other.
+    """
     contents = lora.contents
     if contents.config is None:
         return contents.problems

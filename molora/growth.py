@@ -65,7 +65,7 @@ def grow(model: nn.Module, num: int, *, adapter: str = "default", freeze: bool =
             for slot in range(old + shared):
                 new.write(slot if slot < old else slot + num, *bank.pair(slot), scale=bank.scaling)
             layer.molora_bank[adapter] = new.train(bank.training)
-        _replan(model, adapter, changed)
+        replan(model, adapter, changed)
 
 
 def _why_not_grow(
@@ -123,10 +123,10 @@ def few_shot(model: nn.Module, mode: str, *, num_tasks: int = 1, adapter: str = 
     with undone_on_error(model):
         for layer in routed_layers(model, adapter).values():
             layer.molora_bank[adapter].all_frozen = mode == "z"
-        _replan(model, adapter, build_config(config, changes), keep=False)
+        replan(model, adapter, build_config(config, changes), keep=False)
 
 
-def _replan(model: nn.Module, adapter: str, config: MoloraConfig, keep: bool = True) -> None:
+def replan(model: nn.Module, adapter: str, config: MoloraConfig, keep: bool = True) -> None:
     """Make the routers of an adapter anew for a changed config, with what the old ones know unless told otherwise."""
     tuner = tuner_of(model)
     config.fingerprint, config.inference_mode = tuner.peft_config[adapter].fingerprint, False

@@ -72,9 +72,10 @@ def read_header(path: Path, *, max_bytes: int = MAX_HEADER, max_tensors: int = M
         if length > size - 8:
             raise LoadError(f"{path.name} is truncated: its header has {length:,} bytes, the file {size:,}")
         text = file.read(length)
-    # Parsed JSON takes some hundred bytes per mapping and list: "[{},{},..." would need 30 times the header's size.
-    if text.count(b"{") > 2 * max_tensors + 64 or text.count(b"[") > 4 * max_tensors + 64:
-        raise LoadError(f"{path.name} is hostile: its header holds more than the {max_tensors:,} tensors allowed")
+    # Parsed JSON takes up to a hundred times its own size: "[{},{},...". Honest headers hold few things per tensor.
+    for mark, count in ((b"{", 2), (b"[", 4), (b",", 16)):
+        if text.count(mark) > count * (max_tensors + 64):
+            raise LoadError(f"{path.name} is hostile: its header holds more than the {max_tensors:,} tensors allowed")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

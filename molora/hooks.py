@@ -29,9 +29,9 @@ from .compat import (
     weights_of_attention,
 )
 from .errors import ConfigError, RoutingError
-from .first_pass import run_first_pass
+from .first_pass import check_cache, run_first_pass
 from .routing.mixing import attention_key
-from .routing.trace import Pass, Trace
+from .routing.trace import Pass, Plan, Trace
 from .routing.types import Context
 
 # Arguments that the hooks take for themselves and the base model never sees.
@@ -134,24 +134,33 @@ class ForwardHooks:
         if collecting:
             self.share = self._token_share(labels, kwargs.get("num_items_in_batch"))
         self.trace.open(new)
-        plans = self.trace.plans.values()
-        remembers, looks_ahead = any(plan.remembers for plan in plans), any(plan.looks_ahead for plan in plans)
-        if looks_ahead or (new.continuing and (remembers or self._routes_by_prompt())):
-            decides = self._decides(module)
-            if decides and new.continuing and self._routes_by_prompt():
+        if new.continuing or any(plan.looks_ahead for plan in self.trace.plans.values()):
+            plans = self._deciding(module)
+            named = self.arguments.named(args, kwargs)
+            if any(plan.looks_ahead for plan in plans):
+                check_cache(new.cache, named)
+            if new.continuing and any(plan.by_prompt for plan in plans):
                 new.decisions = self.trace.resume(new.cache)
-            if decides and new.continuing and remembers:
+            if new.continuing and any(plan.remembers for plan in plans):
                 new.memory.past = self.trace.past(new.cache)
-            if decides and looks_ahead:
-                run_first_pass(module, self.arguments.named(args, kwargs), new)
+            if any(plan.looks_ahead for plan in plans):
+                run_first_pass(module, named, new)
         return args, kwargs
 
-    def _decides(self, module: nn.Module) -> bool:
-        """Whether any router will be asked: not while all adapters are switched off or merged, or all gates pinned."""
-        if isinstance(self.trace.pins, Tensor):
-            return False
-        layers = (part for part in module.modules() if hasattr(part, "molora_bank"))
-        return any(not (layer._disable_adapters or layer.merged_adapters) for layer in layers)
+    def _deciding(self, module: nn.Module) -> list[Plan]:
+        """Return the plans of the adapters whose routers will be asked, of those that ask for more than this forward.
+
+        Those are not asked that are inactive, switched off or merged, and none while all gates are pinned.
+        """
+        plans = self.trace.plans.items()
+        asking = {name: plan for name, plan in plans if plan.by_prompt or plan.remembers or plan.looks_ahead}
+        if not asking or isinstance(self.trace.pins, Tensor):
+            return []
+        active: set[str] = set()
+        for part in module.modules():
+            if hasattr(part, "molora_bank") and not (part._disable_adapters or part.merged_adapters):
+                active.update(part.active_adapters)
+        return [plan for name, plan in asking.items() if name in active]
 
     def _describe(
         self, new: Pass, stack: str, tokens: Any, valid: Any, prompt: Any, own: dict[str, Any], ids: Any = None
@@ -234,9 +243,6 @@ class ForwardHooks:
             return 1.0
         counted = labels[..., 1:] if self.shifted else labels
         return (counted != -100).sum() / total
-
-    def _routes_by_prompt(self) -> bool:
-        return any(plan.by_prompt for plan in self.trace.plans.values())
 
     # --- after ------------------------------------------------------------------------------------------------------
 

@@ -450,7 +450,8 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     segments = {segment for path, _ in model.named_modules() for segment in path.split(".")}
     segments -= {n for m in model.modules() if isinstance(m, RoutedLayer) for n in m.molora_bank}
     segments |= {*RoutedLayer.adapter_layer_names, "base_layer", "original_module", "modules_to_save", "base_model"}
-    if not name or "." in name or name in segments | {"model"} or name.startswith(compat.PREFIX):
+    segments |= {"model", "A", "Bt", "weight", "bias", "scorer", "value"}  # and see check_part_names
+    if not name or "." in name or name in segments or name.startswith(compat.PREFIX):
         raise _unsafe(name)
 
 

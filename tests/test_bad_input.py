@@ -45,8 +45,8 @@ RECIPES = {
     "no target": (RECIPE, {"target_modules": ["q_prj"]}, r"q_prj"),
     "not linear": (
         RECIPE,
-        {"target_modules": ["embed_tokens"]},
-        r"nothing was wrapped: .*Embedding is not a linear layer",
+        {"target_modules": ["norm"]},
+        r"nothing was wrapped: .*LlamaRMSNorm is not a linear layer",
     ),
     "rank": (RECIPE, {"experts": {"rank": 0}}, r"experts.rank must be a whole number >= 1, .*got 0"),
     "ranks": (RECIPE, {"experts": {"rank": [1, 2], "scaling": 1.0}}, r"experts.rank lists 2 ranks for 3 experts"),

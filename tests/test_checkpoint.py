@@ -18,6 +18,7 @@ import molora
 from molora import ConfigError, LoadError, MoloraConfig
 from molora.control import routed_layers, trace_of
 from tests.adapters import CONFIG, RECIPE, WEIGHTS, anatomy, change_config, change_tensors, logits, stir, wrapped
+from tests.needs import told
 from tests.tiny import tiny_bert_classifier, tiny_gpt2, tiny_inputs, tiny_llama
 
 
@@ -130,14 +131,21 @@ def test_nothing_is_written_when_saving_fails(tmp_path):
 
 @pytest.mark.parametrize("recipe", molora.recipes())
 def test_reload_is_exact(recipe, tmp_path):
+    def answer(model):
+        with told(model, len(tiny_inputs(model)["input_ids"])):
+            return logits(model)
+
     model = wrapped(recipe=recipe)
+    molora.set_progress(model, 1.0)  # where schedules of a saved adapter stand
     molora.save(model, tmp_path)
-    assert not torch.equal(logits(model), logits(tiny_llama()))
+    expected = answer(model)
+    assert not torch.equal(expected, logits(tiny_llama()))
     for loaded in (molora.load(tiny_llama(), tmp_path), PeftModel.from_pretrained(tiny_llama(), tmp_path)):
-        assert torch.equal(logits(loaded), logits(model))
+        # not to the last bit: a matrix product may differ by a rounding with where its input lies in memory
+        torch.testing.assert_close(answer(loaded), expected, atol=1e-6, rtol=1e-5)
         assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     low = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=True)
-    assert torch.equal(logits(low), logits(model))
+    torch.testing.assert_close(answer(low), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_loaded_adapter_can_go_on_training(tmp_path):

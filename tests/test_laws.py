@@ -167,9 +167,7 @@ def shaken(module):
     return module
 
 
-def router_of(
-    scorer="linear", link="softmax", selector="softmax", pool=None, price=None, feature=None, form="lora"
-):
+def router_of(scorer="linear", link="softmax", selector="softmax", pool=None, price=None, feature=None, form="lora"):
     name = scorer if isinstance(scorer, str) else scorer["name"]
     by_task = scorers.fact(name, "reads") == "task"
     granularity = "task" if by_task else "prompt" if pool else "token"

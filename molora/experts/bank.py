@@ -73,6 +73,7 @@ class ExpertBank(Experts):
         # Frozen experts are parameters of their own: a gradient mask would still let weight decay move them.
         self.frozen_A, self.frozen_Bt = self._new(list(self.frozen), init) if self.frozen else (None, None)
         self._order = self._stack_order()
+        self._starts = self._slot_starts()
         self.freeze()
 
     def _new(self, experts: list[int], init: str | float) -> tuple[nn.Parameter, nn.Parameter]:
@@ -91,6 +92,14 @@ class ExpertBank(Experts):
         for expert in stored:
             start[expert], at = at, at + self.ranks[expert]
         return [start[e] + i for e in range(self.num_experts) for i in range(self.ranks[e])]
+
+    def _slot_starts(self) -> dict[int, tuple[int, bool]]:
+        """Return where the ranks of each expert begin in its parameters, and whether those are the frozen ones."""
+        starts = {}
+        for experts, is_frozen in ((self._live, False), (list(self.frozen), True)):
+            for position, expert in enumerate(experts):
+                starts[expert] = (sum(self.ranks[e] for e in experts[:position]), is_frozen)
+        return starts
 
     @property
     def B(self) -> Tensor:
@@ -218,10 +227,8 @@ class ExpertBank(Experts):
 
     def _slot(self, slot: int) -> tuple[Tensor, Tensor]:
         """Return A (r, d_in) and Bt (r, d_out) of one expert as views of the parameters."""
-        A, Bt, where = self.A, self.Bt, self._live
-        if slot in self.frozen:
-            A, Bt, where = self.frozen_A, self.frozen_Bt, list(self.frozen)
-        start = sum(self.ranks[e] for e in where[: where.index(slot)])
+        start, is_frozen = self._starts[slot]
+        A, Bt = (self.frozen_A, self.frozen_Bt) if is_frozen else (self.A, self.Bt)
         ranks = slice(start, start + self.ranks[slot])
         return A[ranks], Bt[ranks]
 

@@ -33,6 +33,7 @@ class PooledBank(ExpertBank):
         )
         self.all_frozen, self.frozen, self.one_pair = owner.all_frozen, owner.frozen, owner.one_pair
         self.layout, self._live, self._order = owner.layout, owner._live, owner._order
+        self._starts = owner._starts
         self._owner = (owner,)  # in a tuple, so that it is not registered as a part of this bank
 
     @property

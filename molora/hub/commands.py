@@ -1,5 +1,7 @@
-"""What the commands `molora hub ...` do: call the library and print. `pull` and `push` are in remote_commands.py,
-`train-gates` in gates_command.py."""
+"""What the commands `molora hub ...` do: call the library and print.
+
+`pull` and `push` are in remote_commands.py, `train-gates` is in gates_command.py.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def add(args: argparse.Namespace, hub: Hub) -> int:
         "metrics": _metrics(args.metric),
     }
     fields = {key: value for key, value in given.items() if value is not None}
-    model = _base_model(args.model, Path(args.source).expanduser()) if args.model is not None else None
+    model = base_model(args.model, Path(args.source).expanduser()) if args.model is not None else None
     entry = hub.add(
         args.source, args.name, args.card, version=args.version, alias=args.alias, base_model=model, **fields
     )
@@ -77,7 +79,7 @@ _CLASSES = {  # of PEFT's task types; others, and LoRAs of another kind, are on 
 }
 
 
-def _base_model(name: str, source: Path) -> Any:
+def base_model(name: str, source: Path) -> Any:
     """Load the base model of an adapter folder as what the adapter was trained for."""
     import transformers
 
@@ -86,6 +88,7 @@ def _base_model(name: str, source: Path) -> Any:
         raise ConfigError(f"model folder '{name}' does not exist")
     task = read_config(source / CONFIG).get("task_type")
     kind = getattr(transformers, _CLASSES.get(str(task), "AutoModel"))
+    transformers.utils.logging.disable_progress_bar()
     try:
         return kind.from_pretrained(str(path) if path.is_dir() else name)
     except (OSError, ValueError) as error:
@@ -213,7 +216,7 @@ def search(args: argparse.Namespace, hub: Hub) -> int:
         print("nothing was found")
         return 0
     title = {"words": "words", "deltas": "cosine", "filter": "score"}[hits[0].by]
-    rows = [[str(h.entry.ref), h.score, h.entry.kind, h.entry.card.task or None, _said(h.entry)] for h in hits]
+    rows = [[str(h.entry.ref), f"{h.score:.3g}", h.entry.kind, h.entry.card.task or None, _said(h.entry)] for h in hits]
     print(table(["adapter", title, "kind", "task", "description"], rows, left=(0, 2, 3, 4)))
     return 0
 

@@ -27,6 +27,7 @@ from ..registry import split_spec
 from ..undo import undone_on_error
 from .ingredients import Ingredient, contents_of, hold, label_of
 from .live import FREE, LiveMixture, Request, why_not_name
+from .rows import why_not_close
 from .store import Hub
 
 UNIFORM: dict[str, Any] = {"scorer": {"name": "constant", "learn": False}, "selector": "softmax"}
@@ -94,6 +95,9 @@ def compose(
     with undone_on_error(model):
         peft_model = mix(model, loras, recipe, adapter_name, changes)
         mixture = LiveMixture(peft_model, adapter_name, hub)
+        wrong = why_not_close(peft_model.peft_config[adapter_name].scorer) if mixture.free else None
+        if wrong:
+            raise ConfigError(f"a mixture with this router cannot have free slots: {wrong}; leave slots= out")
         if posthoc is not None:
             name, options = posthoc
             try:
@@ -114,13 +118,15 @@ def live(model: nn.Module, adapter: str = "default", *, hub: Hub | str | Path | 
     """
     tuner = tuner_of(model)
     found = tuner.__dict__.get("live_mixtures", {}).get(adapter)
-    if found is not None and adapter in tuner.peft_config:
+    if found is not None and found.is_current:
         if hub is not None:
             found.hub = hub
         return found
     if adapter not in tuner.peft_config:
         raise ConfigError(f"adapter '{adapter}' is unknown{did_you_mean(adapter, tuner.peft_config)}")
-    return _register(model, LiveMixture(model, adapter, hub))
+    if found is not None:
+        found.detach()
+    return _register(model, LiveMixture(model, adapter, hub or (found.hub if found is not None else None)))
 
 
 @contextmanager

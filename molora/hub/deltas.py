@@ -10,52 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..errors import LoadError, raise_all
 from ..files import look
+from ..from_peft import Lora, read_lora
 
 Pair = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r) with the scale in it; float64
-_PREFIX = "base_model.model."
 
 
 def read_deltas(folder: Path) -> dict[str, Pair]:
     """Return A and scaled B of every layer of a LoRA folder, by the layer's path, in float64.
 
     Raises:
-        LoadError: the folder is damaged or holds no LoRA.
+        LoadError: the folder is damaged, or holds what is more, or other, than a weight change per layer.
     """
-    contents = look(folder)
-    config = contents.config or {}
-    problems = list(contents.problems)
-    if not problems and config.get("peft_type") != "LORA":
-        problems.append(f"it is of type {config.get('peft_type')!r}, and only a LORA has one weight change per layer")
+    lora = Lora(folder.name, look(folder))
+    problems = read_lora(lora, None)
+    if not problems and not lora.pairs:
+        problems.append("it holds no low-rank pair on a linear layer")
     raise_all(problems, LoadError, f"the weight changes of '{folder}' cannot be read")
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in contents.read() if ".lora_" in name}
-    found: dict[str, Pair] = {}
-    for name, A in tensors.items():
-        path, dot, tail = name.partition(".lora_A.")
-        if not dot:
-            continue
-        B = tensors.get(f"{path}.lora_B.{tail}")
-        if B is None or A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-            raise LoadError(f"the weight changes of '{folder}' cannot be read: '{name}' has no partner of its rank")
-        found[path] = (A.double(), B.double() * _scale(config, path, A.shape[0], str(folder)))
-    if not found:
-        raise LoadError(f"the weight changes of '{folder}' cannot be read: it holds no low-rank pair on a linear layer")
-    return found
-
-
-def _scale(config: Mapping[str, Any], path: str, rank: int, folder: str) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), path), config.get("lora_alpha"))
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise LoadError(f"the weight changes of '{folder}' cannot be read: layer '{path}' has lora_alpha {alpha!r}")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    tensors = dict(lora.contents.read())
+    return {path: (tensors[p.A].double(), tensors[p.B].double() * p.scale) for path, p in lora.pairs.items()}
 
 
 def inner(a: Mapping[str, Pair], b: Mapping[str, Pair]) -> float:
@@ -63,17 +40,16 @@ def inner(a: Mapping[str, Pair], b: Mapping[str, Pair]) -> float:
     total = 0.0
     for path in a.keys() & b.keys():
         (A1, B1), (A2, B2) = a[path], b[path]
-        if A1.shape[1] == A2.shape[1] and B1.shape[0] == B2.shape[0]:
+        if _fit(a[path], b[path]):
             total += float(((B1.T @ B2) * (A1 @ A2.T)).sum())
     return total
 
 
 def cosine(a: Mapping[str, Pair], b: Mapping[str, Pair]) -> float | None:
     """Return the cosine between two weight changes, None when they have no layer in common or one changes nothing."""
-    shared = [p for p in a.keys() & b.keys() if all(torch.Size(x) == torch.Size(y) for x, y in _sizes(a[p], b[p]))]
     norms = math.sqrt(inner(a, a) * inner(b, b))
-    return inner(a, b) / norms if shared and norms > 0 else None
+    return inner(a, b) / norms if norms > 0 and any(_fit(a[path], b[path]) for path in a.keys() & b.keys()) else None
 
 
-def _sizes(a: Pair, b: Pair) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(a[0].shape[1:], b[0].shape[1:]), (a[1].shape[:1], b[1].shape[:1])]
+def _fit(a: Pair, b: Pair) -> bool:
+    return a[0].shape[1] == b[0].shape[1] and a[1].shape[0] == b[1].shape[0]

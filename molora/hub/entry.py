@@ -93,6 +93,11 @@ def read_entry(ref: Ref, folder: Path) -> Entry:
     )
 
 
+def newest(entries: list[Entry]) -> list[Entry]:
+    """Return the newest version of each adapter, from entries in order."""
+    return list({entry.name: entry for entry in entries}.values())
+
+
 def _own(path: Path) -> Path:
     if path.is_symlink():
         raise LoadError(f"{path.name} is a link; an adapter holds its files itself")

@@ -49,7 +49,7 @@ def train_gates(args: argparse.Namespace, hub: Any) -> int:
 
     folder = Path(args.adapter).expanduser()
     if not folder.is_dir():
-        folder = hub.get(args.adapter).path
+        folder = hub.get(args.adapter).folder
         if args.output is None:
             raise ConfigError(f"'{args.adapter}' is in a library, whose versions never change; say where with --output")
     if args.batch_size < 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from ..errors import ConfigError, LoadError
-from ..files import Contents, TensorInfo, local_folder, look
+from ..files import CONFIG, INCOMING, WEIGHTS, Contents, TensorInfo, local_folder, look, read_config
 from .entry import Entry
 from .names import parse
 from .store import Hub
@@ -35,7 +36,13 @@ _DTYPES = {
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
 }
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass
@@ -61,6 +68,74 @@ def broken(tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"tensor '{name}' holds NaN or Inf" for name, t in doubtful.items() if not torch.isfinite(t.float()).all()]
 
 
+class Reader:
+    """Reads the tensors of one adapter folder after another into one piece of memory, without allocating it anew.
+
+    What `read` returned is overwritten by the next `read`.
+    """
+
+    LARGEST = 1 << 26  # bytes that are kept between reads
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._header: tuple[bytes, dict[str, Any]] = b"", {}  # of the last file: adapters often have the same layout
+        self._looked: tuple[bytes, int, dict[str, TensorInfo]] = b"", 0, {}  # a header that was checked, and the size
+
+    def look(self, folder: Path) -> Contents:
+        """Look at an adapter folder as `molora.files.look` does; the same header is not checked twice in a row."""
+        path, (text, size, tensors) = folder / WEIGHTS, self._looked
+        if text and not (folder / INCOMING).exists() and path.is_file() and path.stat().st_size == size:
+            with path.open("rb", buffering=0) as file:
+                if file.read(len(text)) == text:
+                    try:
+                        return Contents(folder, read_config(folder / CONFIG), dict(tensors))
+                    except LoadError:
+                        pass  # it is told below
+        contents = look(folder)
+        if not contents.problems:
+            with path.open("rb", buffering=0) as file:
+                length = 8 + int.from_bytes(file.read(8), "little")
+                file.seek(0)
+                self._looked = file.read(length), path.stat().st_size, dict(contents.tensors)
+        return contents
+
+    def read(self, contents: Contents) -> tuple[dict[str, Tensor], list[str]]:
+        """Return the tensors of an adapter whose header was checked, and a problem for each that holds NaN or Inf."""
+        if isinstance(contents, Held):
+            tensors = dict(contents.read())
+            return tensors, broken(tensors)
+        path = contents.folder / WEIGHTS
+        size = path.stat().st_size
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        buffer = self._buffer
+        if size > self.LARGEST:
+            self._buffer = bytearray()
+        with path.open("rb", buffering=0) as file:
+            filled = file.readinto(memoryview(buffer)[:size])
+        start = 8 + int.from_bytes(buffer[:8], "little")
+        text = bytes(buffer[8:start]) if filled == size and start <= size else b"{}"
+        if text != self._header[0]:
+            self._header = text, {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        header = self._header[1]
+        if {n: (entry["dtype"], tuple(entry["shape"])) for n, entry in header.items()} != contents.tensors:
+            return {}, [f"{WEIGHTS} has changed while it was read"]
+        if start % 4 == 0 and start < size and all(info.dtype == "F32" for info in contents.tensors.values()):
+            everything = torch.frombuffer(buffer, dtype=torch.float32, count=(size - start) // 4, offset=start)
+            order = sorted(header, key=lambda name: header[name]["data_offsets"])  # side by side, as was checked
+            parts = everything.split([math.prod(header[name]["shape"]) for name in order])
+            tensors = {name: part.view(header[name]["shape"]) for name, part in zip(order, parts, strict=True)}
+            return tensors, [] if math.isfinite(everything.sum().item()) else broken(tensors)
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            dtype, place = _TORCH[entry["dtype"]], {"count": end - begin, "offset": start + begin}
+            flat = torch.frombuffer(buffer, dtype=torch.uint8, **place) if end > begin else _NOTHING
+            aligned = (start + begin) % dtype.itemsize == 0
+            tensors[name] = (flat if aligned else flat.clone()).view(dtype).view(entry["shape"])
+        return tensors, broken(tensors)
+
+
 def hold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Held:
     """Return the contents of an adapter given by its config and its tensors, as PEFT names them in a file."""
     held = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -68,12 +143,15 @@ def hold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Held:
     return Held(Path("(in memory)"), dict(config), infos, [], held)
 
 
-def contents_of(source: Ingredient, hub: Hub | str | Path | None = None) -> Contents:
+def contents_of(
+    source: Ingredient, hub: Hub | str | Path | None = None, look: Callable[[Path], Contents] = look
+) -> Contents:
     """Return what an adapter holds, by its header; nothing is allocated for what lies in a folder.
 
     Args:
         source: see `Ingredient`. A text is a folder if there is one, else a name in the library, else a Hub repository.
         hub: the library, or its folder.
+        look: what looks at a folder.
 
     Raises:
         ConfigError: it is no adapter, or the library has none of that name.

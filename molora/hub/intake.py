@@ -15,12 +15,12 @@ from .. import compat, fingerprint
 from ..checkpoint import peft_model_of, save
 from ..errors import ConfigError, LoadError, raise_all
 from ..files import CARD as README
-from ..files import CONFIG, WEIGHTS, look
+from ..files import CONFIG, GATES, WEIGHTS, look
 from .card import CARD, AdapterCard, hash_files, read_card
 from .plain_yaml import read_yaml
 from .verify import Limits, check_folder
 
-KEPT = (CONFIG, WEIGHTS, README, "LICENSE", "NOTICE")  # of a folder that is added; the card is written anew
+KEPT = (CONFIG, WEIGHTS, README, GATES, "LICENSE", "NOTICE")  # of a folder that is added; the card is written anew
 
 
 def fill(draft: Path, source: str | Path | nn.Module, adapter: str) -> nn.Module | None:
@@ -30,6 +30,7 @@ def fill(draft: Path, source: str | Path | nn.Module, adapter: str) -> nn.Module
         if not folder.is_dir():
             raise LoadError(f"there is no folder '{source}'; give the folder that holds {CONFIG} and {WEIGHTS}")
         look(folder)  # completes a save that was interrupted
+        _check_own(folder)
         for name in KEPT:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, draft / name)
@@ -48,6 +49,22 @@ def fill(draft: Path, source: str | Path | nn.Module, adapter: str) -> nn.Module
         model = peft_model_of(source, adapter)
         save(model, draft, adapter)
     return model.get_base_model()
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse links out of a folder, which would bring any file of this machine into the library and from there on.
+
+    Those in the cache of Hugging Face are good: from <cache>/<repo>/snapshots/<commit> they lead to the blobs of the
+    repository, or to those that repositories share.
+    """
+    home = folder.resolve()
+    good = [home, home.parents[1] / "blobs", home.parents[2] / "blobs"] if home.parent.name == "snapshots" else [home]
+    wrong = []
+    for name in (*KEPT, CARD):
+        target = (folder / name).resolve()
+        if (folder / name).is_symlink() and not any(target.is_relative_to(place) for place in good):
+            wrong.append(f"{name} is a link to '{target}'")
+    raise_all(wrong, LoadError, f"adapter '{folder}' was not added; copy what it links to into it if you trust it")
 
 
 def make_card(

@@ -30,9 +30,10 @@ from ..control import routed_layers, tuner_of
 from ..errors import ConfigError, LoadError, RoutingError, did_you_mean, raise_all
 from ..from_peft import Lora, read_lora
 from ..routing.edit import Edit
-from .ingredients import Ingredient, broken, contents_of
+from .ingredients import Ingredient, Reader, contents_of
 from .leases import Lease, Leases, Table
-from .rows import copy_rows
+from .rows import copy_rows, rows_of
+from .writing import SlotWriter
 
 FREE = "free:"  # what empty slots are called in the config, with their number
 CLOSED = -1e9  # the score of an expert that is not there: its probability is exactly 0 in float32, its logarithm finite
@@ -113,7 +114,7 @@ class LiveMixture:
     def __init__(self, model: PeftModel, adapter: str = "default", hub: Any = None) -> None:
         self.adapter, self.hub = adapter, hub
         self._tuner, self._base = tuner_of(model), tuner_of(model).model
-        layers = routed_layers(model, adapter)
+        self._routed = layers = routed_layers(model, adapter)
         experts = self._config.experts
         banks = [layer.molora_bank[adapter] for layer in layers.values()]
         counts = {bank.num_experts for bank in banks}
@@ -127,10 +128,11 @@ class LiveMixture:
         self._leases = Leases(self.slots, {n: s for s, n in enumerate(names) if not n.startswith(FREE)})
         self._filled = {slot: set(layers) for slot in range(self.slots)}  # layers that may hold something of a slot
         self._sizes = compat.linear_sizes_of(self._base)
+        self._writer = SlotWriter({path: layer.molora_bank[adapter] for path, layer in layers.items()})
         self.closed = Closed(self.slots, experts["null"], {next(bank.parameters()).device for bank in banks})
         self._by_cache: weakref.WeakKeyDictionary[Any, Request] = weakref.WeakKeyDictionary()
         self._make_locks()
-        self._watch()
+        self._handles = self._watch()
 
     @property
     def _config(self) -> Any:
@@ -138,7 +140,7 @@ class LiveMixture:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to running requests: a copy starts without any."""
-        gone = ("_forwards", "_writes", "_turn", "_open", "_by_cache", "_leases")
+        gone = ("_forwards", "_writes", "_turn", "_open", "_reader", "_by_cache", "_leases")
         return {k: v for k, v in self.__dict__.items() if k not in gone} | {"names": dict(self._leases.table.names)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -149,7 +151,7 @@ class LiveMixture:
         self._make_locks()
 
     def _make_locks(self) -> None:
-        self._forwards, self._writes = threading.Lock(), threading.Lock()
+        self._forwards, self._writes, self._reader = threading.Lock(), threading.Lock(), Reader()
         self._turn: _Turn | None = None
         self._open: frozenset[int] | None = None  # the slots that are open now
 
@@ -233,15 +235,35 @@ class LiveMixture:
 
     # --- around every forward ---------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        encoder = compat.encoder_of(self._base)
+    def _watch(self) -> list[Any]:
+        encoder, handles = compat.encoder_of(self._base), []
         for module in [self._base] + ([encoder[1]] if encoder else []):
             # before the hooks that open a pass of the trace, and after those that close it
-            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-            module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+            handles.append(module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        return handles
+
+    def detach(self) -> None:
+        """Leave the model as it is for good: its experts cannot be changed through this object any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._tuner.trace.edits = [edit for edit in self._tuner.trace.edits if edit is not self.closed]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model still has the banks that this object knows; growing or deleting an adapter changes them."""
+        banks = (
+            [layer.molora_bank._modules.get(self.adapter) for layer in self._routed.values()]
+            if self._alive()
+            else [None]
+        )
+        return all(bank is not None and bank.num_experts == self.slots for bank in banks)
+
+    def _alive(self) -> bool:
+        return self.adapter in self._tuner.peft_config
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or self.adapter not in self._tuner.peft_config:
+        if torch.compiler.is_compiling() or not self._alive():
             return
         active = self._tuner.active_adapters
         if self.adapter not in active:
@@ -343,11 +365,11 @@ class LiveMixture:
 
     def _put(self, name: str, adapter: Ingredient, like: str | None, timeout: float) -> int:
         with self._writes:
-            table = self._leases.table
+            layers, table = self._layers(), self._leases.table
             old = None if like is None else _slot(table, like)
-            self._check_routing(old)
+            self._check_routing(layers, old)
             in_place = name in table.names and len(table.slots) == self.slots
-            lora, tensors = self._read(name, adapter, table.names[name] if in_place else None)
+            lora, tensors = self._read(layers, name, adapter, table.names[name] if in_place else None)
             if in_place:
                 slot = table.names[name]
                 if self._own() is not None:
@@ -356,47 +378,54 @@ class LiveMixture:
                         f"leave the block first, or compose the mixture with more slots (slots={self.slots + 1})"
                     )
                 with self._leases.drained(slot, timeout):
-                    self._fill(slot, lora, tensors, old)
+                    self._fill(layers, slot, lora, tensors, old)
                 return slot
             slot = self._leases.take(timeout)
-            self._fill(slot, lora, tensors, old)
+            self._fill(layers, slot, lora, tensors, old)
             self._flip({**table.names, name: slot})
         return slot
 
-    def _read(self, name: str, adapter: Ingredient, slot: int | None) -> tuple[Lora, dict[str, Tensor]]:
+    def _read(
+        self, layers: Mapping[str, Any], name: str, adapter: Ingredient, slot: int | None
+    ) -> tuple[Lora, dict[str, Tensor]]:
         """Return an adapter and its tensors; raises when it is no expert that fits the slot (None: any slot)."""
-        lora = Lora(name, contents_of(adapter, self.hub))
+        lora = Lora(name, contents_of(adapter, self.hub, self._reader.look))
         problems = read_lora(lora, self._sizes, values=False)
-        layers = self._layers()
         room: list[str] = []
         for path, pair in lora.pairs.items():
             if path not in layers:
                 room.append(f"layer '{path}' has no experts; compose the mixture with targets= that name it")
             else:
-                ranks = layers[path].molora_bank[self.adapter].ranks
+                ranks = layers[path].molora_bank._modules[self.adapter].ranks
                 most = min(ranks) if slot is None else ranks[slot]
                 if pair.rank > most:
                     room.append(
                         f"layer '{path}' has rank {pair.rank}, there is room for {most}; compose with max_rank="
                     )
-        tensors = {} if problems or room else dict(lora.contents.read())
-        raise_all(problems + broken(tensors), LoadError, f"'{name}' cannot become an expert")
+        tensors, wrong = ({}, []) if problems or room else self._reader.read(lora.contents)
+        raise_all(problems + wrong, LoadError, f"'{name}' cannot become an expert")
         raise_all(room, ConfigError, f"'{name}' does not fit this mixture")
         return lora, tensors
 
-    def _check_routing(self, old: int | None) -> None:
-        routers = [layer.molora_router[self.adapter] for layer in self._layers().values() if self._leads(layer)]
-        if old is None and self._refresher() is None and any(router.state_dict() for router in routers):
+    def _check_routing(self, layers: Mapping[str, Any], old: int | None) -> None:
+        """Raise when the router has learned something of each expert and has nothing to go by for a new one."""
+        if old is None and self._refresher() is None and any(r.state_dict() for r in self._routers(layers)):
             raise ConfigError(
                 "this router has learned something for each expert and knows nothing of a new one; say which expert it "
                 f"is like at first (like=), one of: {', '.join(self.names)}"
             )
+        if old is not None and self._refresher() is None:
+            for router in self._routers(layers):
+                rows_of(router)  # now, not when half is written
 
-    def _layers(self) -> dict[str, Any]:
-        return routed_layers(self._base, self.adapter)
+    def _layers(self) -> Mapping[str, Any]:
+        if not self.is_current:
+            raise ConfigError(f"adapter '{self.adapter}' was changed or deleted; call molora.live(model) again")
+        return self._routed
 
-    def _leads(self, layer: Any) -> bool:
-        return self.adapter in layer.molora_router
+    def _routers(self, layers: Mapping[str, Any]) -> list[Any]:
+        found = (layer.molora_router._modules.get(self.adapter) for layer in layers.values())
+        return [router for router in found if router is not None]
 
     def _refresher(self) -> Any:
         """Return what makes the router anew from the experts, for routers that were made from them."""
@@ -405,25 +434,22 @@ class LiveMixture:
         kind, _, name = (self._config.recipe or "").partition("/")
         return posthoc_routers.fact(name, "refresh") if kind == "posthoc" and name in posthoc_routers else None
 
-    def _fill(self, slot: int, lora: Lora, tensors: Mapping[str, Tensor], old: int | None) -> None:
+    def _fill(
+        self, layers: Mapping[str, Any], slot: int, lora: Lora, tensors: Mapping[str, Tensor], old: int | None
+    ) -> None:
         """Write one expert, and how it is routed; nobody reads this slot."""
-        layers, before = self._layers(), self._filled[slot]
+        before = self._filled[slot]
         self._filled[slot] = before | lora.pairs.keys()
-        for path, layer in layers.items():
-            bank, pair = layer.molora_bank[self.adapter], lora.pairs.get(path)
-            if pair is not None:
-                bank.write(slot, tensors[pair.A], tensors[pair.B], pair.scale)
-            elif path in before:
-                bank.clear(slot)
+        self._writer.write(slot, lora.pairs, tensors, before)
         self._filled[slot] = set(lora.pairs)
         refresh = self._refresher()
         if refresh is not None:
             only = {"slot": slot} if "slot" in inspect.signature(refresh).parameters else {}
             refresh(self._tuner, self.adapter, **only)
         elif old is not None and old != slot:
-            for layer in layers.values():
-                if self._leads(layer):
-                    copy_rows(layer.molora_router[self.adapter], old, slot)
+            for router in self._routers(layers):
+                if rows_of(router):
+                    copy_rows(router, old, slot)
 
     def _flip(self, names: Mapping[str, int]) -> None:
         self._leases.flip(names)

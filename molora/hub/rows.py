@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import weakref
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ CHOOSERS = ("codebook", "distilled", "hash", "random")
 
 Rows = dict[str, tuple[int, ...]]  # tensor of a router -> its axes that count experts
 
-_known: weakref.WeakKeyDictionary[Router, Rows] = weakref.WeakKeyDictionary()
+_KEPT = "_rows_by_expert"  # where a router keeps what was found
 
 
 def rows_of(router: Router) -> Rows:
@@ -35,12 +34,13 @@ def rows_of(router: Router) -> Rows:
     Raises:
         ConfigError: something of it belongs to experts in another way, such as a table of expert numbers.
     """
-    for name in CHOOSERS:
-        if type(router.scorer) is scorers.get(name):
-            raise ConfigError(f"{why_not_close(name)}; use another router")
-    if router not in _known:
-        _known[router] = _find(router)
-    return _known[router]
+    found: Rows | None = router.__dict__.get(_KEPT)
+    if found is None:
+        for name in CHOOSERS:
+            if type(router.scorer) is scorers.get(name):
+                raise ConfigError(f"{why_not_close(name)}; use another router")
+        found = router.__dict__[_KEPT] = _find(router)
+    return found
 
 
 def why_not_close(scorer: Spec) -> str | None:
@@ -56,7 +56,10 @@ def copy_rows(router: Router, old: int, new: int) -> None:
     Raises:
         ConfigError: see `rows_of`.
     """
-    rows, state = rows_of(router), router.state_dict()
+    rows = rows_of(router)
+    if not rows:
+        return
+    state = router.state_dict()
     width = router.num_experts + router.null
     for name, axes in rows.items():
         for axis in axes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,22 @@ from ..errors import ConfigError, LoadError
 from ..fingerprint import differences, of_model
 from .deltas import cosine, read_deltas
 from .entry import Entry
+from .index import Index
 from .names import Ref
 
-if TYPE_CHECKING:
-    from .store import Hub
-
 Embedder = Callable[[list[str]], Any]  # texts -> (N, d) numbers
+
+
+class Library(Protocol):
+    """What is searched: a `molora.hub.store.Hub`."""
+
+    index: Index
+
+    def list(self, *, all_versions: bool = False) -> list[Entry]:
+        """Return the newest version of every adapter, or all versions."""
+
+    def get(self, ref: str | Ref) -> Entry:
+        """Return one adapter."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Hit:
 
 
 def search(
-    hub: Hub,
+    hub: Library,
     text: str | None = None,
     *,
     task: str | None = None,

@@ -20,13 +20,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import ConfigError, LoadError
 from ..files import CARD as README
-from ..files import CONFIG, PICKLES, WEIGHTS
+from ..files import CONFIG, GATES, PICKLES, WEIGHTS
 from ..headers import shown
 from .card import CARD, MAX_CARD, AdapterCard
 from .names import is_version
 from .web import Broken, Web
 
-FILES = (CONFIG, WEIGHTS, CARD, README, "LICENSE", "NOTICE")  # all that is ever transferred
+FILES = (CONFIG, WEIGHTS, CARD, README, GATES, "LICENSE", "NOTICE")  # all that is ever transferred
 STORAGE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "file", "memory")
 BLOCK = 1 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}")

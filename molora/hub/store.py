@@ -19,16 +19,16 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, LoadError, did_you_mean, raise_all
-from ..files import look
-from .card import CARD, AdapterCard, read_card
+from .card import CARD, AdapterCard
 from .compare import Difference, compare
-from .disk import LOCK_SECONDS, Disk, State
+from .disk import LOCK_SECONDS, Disk
 from .effect import Probe, proof_of_effect
-from .entry import Entry
+from .entry import Entry, newest
 from .index import Index
 from .intake import check, fill, make_card
 from .limits import Limits
 from .names import Ref, check_name, is_version, parse
+from .places import alias_problems, place
 from .search import Hit, search
 
 
@@ -210,7 +210,7 @@ class Hub:
             with self.disk.changing():
                 self.disk.tidy()
                 state = self.disk.state()
-                ref = self._place(draft, name, version, alias, state)
+                ref = place(self.disk, draft, name, version, alias, state)
                 if ref is None:
                     ref = Ref(name, self.disk.versions(name)[-1])
                 else:
@@ -221,34 +221,6 @@ class Hub:
                 self.index.sync()
         return self.get(ref)
 
-    def _place(self, draft: Path, name: str, version: int | None, alias: str | None, state: State) -> Ref | None:
-        """Return which version a draft becomes, None when it is the newest one already; the lock is held."""
-        names = {found for found, _ in self.disk.scan()[0]}
-        segments = {part for tensor in look(draft).tensors for part in tensor.split(".")}
-        problems = [f"'{name}' is an alias already; choose another name"] * (name in state.aliases)
-        problems += [
-            f"'{name}' differs from adapter '{other}' by case alone"
-            for other in sorted(names)
-            if other != name and other.lower() == name.lower()
-        ]
-        if name in segments:
-            problems.append(
-                f"'{name}' is a part of the adapter's tensor names, and PEFT would mix them up; choose another, such "
-                f"as '{name}-1'"
-            )
-        problems += _alias_problems(alias, names | {name})
-        raise_all(problems, ConfigError, f"adapter '{name}' was not added")
-        versions, gone = self.disk.versions(name), state.removed.get(name, 0)
-        if versions and version in (None, versions[-1]) and _same(draft, self.disk.folder(Ref(name, versions[-1]))):
-            return None
-        if version in versions:
-            raise ConfigError(
-                f"adapter '{name}' has a version {version} already, and versions never change; leave it out"
-            )
-        if version is not None and version <= gone:
-            raise ConfigError(f"version {version} of '{name}' was removed, and no number is given twice; leave it out")
-        return Ref(name, version or max([*versions, gone], default=0) + 1)
-
     def alias(self, alias: str, ref: str | Ref) -> Ref:
         """Let an alias stand for an adapter (always its newest version) or for one version; returns the target."""
         check_name(alias, "alias")
@@ -256,7 +228,7 @@ class Hub:
             target, state = parse(ref), self.disk.state()
             resolved = self.resolve(target)
             target = Ref(resolved.name, None if target == Ref(resolved.name) else resolved.version)
-            raise_all(_alias_problems(alias, {n for n, _ in self.disk.scan()[0]}), ConfigError, "no alias was made")
+            raise_all(alias_problems(alias, {n for n, _ in self.disk.scan()[0]}), ConfigError, "no alias was made")
             state.aliases[alias] = target
             self.disk.write_state(state)
         return target
@@ -306,20 +278,3 @@ class Hub:
             replace(e, aliases=tuple(sorted(by_target[e.ref] + by_target[Ref(e.name)] * (latest[e.name] == e.version))))
             for e in entries
         ]
-
-
-def newest(entries: list[Entry]) -> list[Entry]:
-    """Return the newest version of each adapter, from entries in order."""
-    return list({entry.name: entry for entry in entries}.values())
-
-
-def _alias_problems(alias: str | None, names: set[str]) -> list[str]:
-    taken = [name for name in names if alias is not None and name.lower() == alias.lower()]
-    return [f"alias '{alias}' is the name of an adapter; choose another" for _ in taken]
-
-
-def _same(draft: Path, version: Path) -> bool:
-    try:
-        return read_card(draft) == read_card(version)
-    except LoadError:
-        return False

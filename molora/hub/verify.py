@@ -197,17 +197,22 @@ def _check_content(verdict: Verdict, base: Any, limits: Limits) -> None:
         return  # a config that is out of bounds is not built
     try:
         config = MoloraConfig.from_peft_type(**contents.config)
-    except (MoloraError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        verdict.problems.append(shown(error, 2_000) if not isinstance(error, MoloraError) else str(error))
+    except MoloraError as error:
+        verdict.problems.append(str(error))
+        return
+    except Exception as error:  # values of any type, where PEFT's and our own checks expect others
+        verdict.problems.append(f"its config cannot be used: {type(error).__name__}: {shown(error)}")
         return
     _compare_base(verdict, base, config.fingerprint, contents.config)
     if model is not None and not verdict.problems:
         try:
             verdict.problems += _mixture_misfits(model, config, contents)
-        except (RuntimeError, NotImplementedError) as error:  # parts that are computed from weights when they are made
-            verdict.notes.append(
-                f"its shapes are only compared on loading: it cannot be built without weights ({error})"
-            )
+        except (MoloraError, ValueError) as error:  # PEFT's own refusals are ValueErrors
+            verdict.problems.append(str(error))
+        except (RuntimeError, NotImplementedError) as error:  # parts that are computed from weights when made
+            verdict.notes.append(f"its shapes are only compared on loading: it needs weights to be built ({error})")
+        except Exception as error:
+            verdict.problems.append(f"it cannot be built in this model: {type(error).__name__}: {shown(error)}")
 
 
 def _has_place(name: str, sizes: Mapping[str, Any]) -> bool:
@@ -218,8 +223,11 @@ def _wild(config: Mapping[str, Any], limits: Limits) -> Iterator[str]:
     """Yield what in a config would make building it take very much memory or time."""
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(key)
-        problem = why_not_pattern(value) if isinstance(value, str) else None
-        if problem:
+        if isinstance(value, list) and any(not isinstance(one, str) for one in value):
+            yield f"{key} must hold texts, got {shown(value)}"
+        elif not isinstance(value, (str, list, type(None))):
+            yield f"{key} must be a text or a list of texts, got {shown(value)}"
+        elif isinstance(value, str) and (problem := why_not_pattern(value)):
             yield f"{key}: {problem}"
     todo: list[tuple[str, Any]] = [("", config)]
     while todo:
@@ -234,7 +242,7 @@ def _wild(config: Mapping[str, Any], limits: Limits) -> Iterator[str]:
             most = {"num": limits.experts, "rank": limits.rank, "r": limits.rank}.get(where, limits.number)
             is_seed = "seed" in where and abs(value) < 2**64
             if isinstance(value, int) and abs(value) > most and not is_seed:
-                yield f"{shown(where)} is {shown(value)}, {most:,} is allowed"
+                yield f"{shown(where)[1:-1]} is {shown(value)}, {most:,} is allowed"
 
 
 def _compare_base(verdict: Verdict, base: Any, saved: Any, config: Mapping[str, Any]) -> None:
@@ -260,8 +268,4 @@ def _mixture_misfits(model: nn.Module, config: MoloraConfig, contents: Contents)
     hollow = copy.deepcopy(model, skeleton)  # the same modules, around tensors without content
     config = copy.deepcopy(config)
     config.fingerprint = None
-    try:
-        built = get_peft_model(hollow, config, low_cpu_mem_usage=True)
-        return misfits(built, "default", contents.tensors)
-    except (ValueError, TypeError) as error:  # MoloraErrors of a config are ValueErrors, as PEFT's are
-        return [str(error)]
+    return misfits(get_peft_model(hollow, config, low_cpu_mem_usage=True), "default", contents.tensors)

@@ -26,7 +26,7 @@ from ..errors import ConfigError, raise_all
 from ..experts.bank import ExpertBank
 from ..experts.merge import Pair, product_merge
 from ..registry import split_spec
-from .base import fill, install, slots_of
+from .base import install, put, slots_of
 from .registry import posthoc_routers
 from .rerouting import expert_names
 
@@ -102,10 +102,15 @@ def build(
     return model
 
 
-def refresh(model: nn.Module, adapter: str = "default") -> None:
-    """Compute all prototypes of an Arrow mixture anew, after experts were written into its slots.
+def refresh(model: nn.Module, adapter: str = "default", *, slot: int | None = None) -> None:
+    """Compute the prototypes of an Arrow mixture anew, after experts were written into its slots.
 
     With `subtract="factors"`, an expert that is written later has the general ones still in it.
+
+    Args:
+        model: a wrapped model.
+        adapter: the name of the mixture.
+        slot: the only expert that has changed; None: any may have.
 
     Raises:
         ConfigError: the mixture is not routed by Arrow.
@@ -113,8 +118,9 @@ def refresh(model: nn.Module, adapter: str = "default") -> None:
     config = tuner_of(model).peft_config.get(adapter)
     name, options = ("", {}) if config is None else split_spec(config.scorer)
     if name != "prototypes" or options.get("measure") != "abs":
-        raise ConfigError(f"adapter '{adapter}' is not routed by Arrow; call molora.posthoc.arrow(model) first")
+        raise ConfigError(f"adapter '{adapter}' is not routed by Arrow; see molora.posthoc.arrow.build")
     general = split_spec(config.selector)[1].get("general", ())
+    never = {*general, *options.get("absent", ())}
     groups: dict[str, list[ExpertBank]] = {}
     leaders = {}
     for layer in routed_layers(model, adapter).values():
@@ -123,14 +129,12 @@ def refresh(model: nn.Module, adapter: str = "default") -> None:
         if adapter in layer.molora_router:
             leaders[site.group] = layer.molora_router[adapter]
     for group, router in leaders.items():
-        vectors: list[Tensor | None] = []
-        for slot in range(router.num_experts):
-            if slot in general or slot in options.get("absent", ()):
-                vectors.append(None)
-                continue
-            pairs = [_update(bank, slot, general) for bank in groups[group]]
-            vectors.append(direction(torch.cat([A for A, _ in pairs]), torch.block_diag(*[B for _, B in pairs])))
-        fill(router, vectors)
+        alone = slot is not None and slot not in general  # every prototype depends on the general experts
+        for expert in [slot] if alone else range(router.num_experts):
+            pairs = [] if expert in never else [_update(bank, expert, general) for bank in groups[group]]
+            if pairs:
+                stacked = torch.cat([A for A, _ in pairs]), torch.block_diag(*[B for _, B in pairs])
+            put(router, expert, direction(*stacked) if pairs else None)
 
 
 def _update(bank: ExpertBank, slot: int, away: Sequence[int]) -> Pair:

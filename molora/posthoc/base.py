@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..control import tuner_of
+from ..control import routed_layers, tuner_of
 from ..errors import ConfigError, did_you_mean, raise_all
+from ..experts.bank import FORMS
+from ..layers import RoutedLinear
 from ..routing.router import Router
 from .rerouting import expert_names, reroute
 
@@ -21,6 +23,12 @@ def install(model: nn.Module, adapter: str, **parts: Any) -> list[Router]:
         ConfigError: the mixture cannot be routed so; nothing is changed.
     """
     refuse_shared(model, adapter)
+    layers = routed_layers(model, adapter)
+    others = [path for path, layer in layers.items() if not isinstance(layer, RoutedLinear) or layer.roles]
+    problems = [f"layer '{others[0]}' is no linear layer with experts of its own"] if others else []
+    forms = sorted({layer.molora_bank[adapter].form for layer in layers.values()} - set(FORMS))
+    problems += [f"experts of form '{form}' are no LoRAs whose outputs gates weigh" for form in forms]
+    raise_all(problems, ConfigError, f"adapter '{adapter}' is no library of LoRAs")
     frozen = {"frozen": "all", "null": 0}
     return reroute(model, adapter, **{"weights": "frozen", **parts}, experts=frozen)
 
@@ -41,8 +49,14 @@ def fill(router: Router, vectors: Sequence[Tensor | None]) -> None:
             + (f", one of shape {wrong[0]}" if wrong else "")
         )
     for slot, vector in enumerate(vectors):
-        scorer.present[slot] = vector is not None
-        scorer.weight[slot] = 0.0 if vector is None else vector.to(scorer.weight)
+        put(router, slot, vector)
+
+
+@torch.no_grad()
+def put(router: Router, slot: int, vector: Tensor | None) -> None:
+    """Give a `prototypes` or `glider` scorer the vector (d,) of one expert; None: it is never chosen."""
+    router.scorer.weight[slot] = 0.0 if vector is None else vector.to(router.scorer.weight)
+    router.scorer.present[slot] = vector is not None
 
 
 def slot_of(names: Sequence[str], expert: int | str) -> int:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, LoadError, raise_all
+from ..files import GATES
 
-GATES = "molora_gates.safetensors"
 FORMAT = "molora-gates-1"
 Gates = Mapping[str, Tensor]
 

@@ -106,9 +106,7 @@ class Describer:
         config = tuner_of(model).peft_config.get(adapter)
         name, options = ("", {}) if config is None else split_spec(config.scorer)
         if name != "glider" or not options.get("descriptions"):
-            raise ConfigError(
-                f"adapter '{adapter}' is not routed by glider; call molora.posthoc.glider(model, ...) first"
-            )
+            raise ConfigError(f"adapter '{adapter}' is not routed by glider; see molora.posthoc.glider.build")
         mine, wanted = getattr(embed, "name", None), options.get("embedder")
         if wanted is not None and mine != wanted:
             raise ConfigError(

@@ -5,15 +5,15 @@
 3. They become a mixture with a top-2 router by token, of which router and experts are trained, on the K examples and on
    further data near them (`nearest`, without near copies: `deduplicate`).
 
-The cosine is that of the weight changes themselves, `<dW_1, dW_2> = sum((B_1^T B_2) * (A_1 A_2^T))`. The authors compare
-A and B tensor by tensor, where one and the same change in two factorisations looks different.
+The cosine is that of the weight changes themselves, `<dW_1, dW_2> = sum((B_1^T B_2) * (A_1 A_2^T))`. The authors
+compare A and B tensor by tensor, where one and the same change in two factorisations looks different.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,22 +70,28 @@ def similarity(model: nn.Module, adapter: str = "default") -> Tensor:
 
 @torch.no_grad()
 def score_experts(
-    model: nn.Module, examples: Sequence[Batch], rationales: Sequence[Batch] = (), adapter: str = "default"
+    model: nn.Module,
+    examples: Sequence[Batch] = (),
+    rationales: Sequence[Batch] = (),
+    adapter: str = "default",
+    *,
+    score: Callable[[nn.Module], float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Let every expert alone answer the examples.
 
     Args:
         model: a mixture.
         examples: batches whose labels are the answers, -100 elsewhere; a row is right when the likeliest token is, at
-            every label.
+            every label, which is what greedy generation would answer.
         rationales: batches whose labels are the tokens of a rationale, -100 at the prompt.
         adapter: the name of the mixture.
+        score: takes the place of the examples: of the model with one expert acting, a number in [0, 1].
 
     Returns:
         Accuracy (E,) and perplexity (E,), the mean over rows of exp(mean cross-entropy of the row); float64.
     """
-    if not examples:
-        raise ConfigError("K-shot selection needs examples: batches with labels")
+    if bool(examples) == (score is not None):
+        raise ConfigError("K-shot selection needs either examples (batches with labels), or a score")
     number = len(expert_names(model, adapter))
     was_training = model.training
     model.eval()
@@ -93,7 +99,10 @@ def score_experts(
     try:
         for expert in range(number):
             with pin(model, F.one_hot(torch.tensor(expert), number).float()):
-                accuracy[expert] = torch.cat([row_matches(model, batch) for batch in examples]).double().mean()
+                if score is not None:
+                    accuracy[expert] = float(score(model))
+                else:
+                    accuracy[expert] = torch.cat([row_matches(model, batch) for batch in examples]).double().mean()
                 if rationales:
                     losses = torch.cat([row_losses(model, batch) for batch in rationales]).double()
                     perplexity[expert] = losses.exp().mean()
@@ -128,7 +137,9 @@ def most_diverse(similar: Tensor, size: int, among: Sequence[int] | None = None)
     candidates = list(range(len(similar)) if among is None else among)
     groups = math.comb(len(candidates), size) if 1 <= size <= len(candidates) else 0
     if not 0 < groups <= MOST_GROUPS:
-        reason = f"there are {groups} of them; make a shorter list" if groups else f"there are {len(candidates)} experts"
+        reason = (
+            f"there are {groups} of them; make a shorter list" if groups else f"there are {len(candidates)} experts"
+        )
         raise ConfigError(f"cannot compare the groups of {size} experts: {reason}")
     rows = similar.tolist()
     pairs = itertools.combinations
@@ -137,10 +148,11 @@ def most_diverse(similar: Tensor, size: int, among: Sequence[int] | None = None)
 
 def select(
     model: nn.Module,
-    examples: Sequence[Batch],
+    examples: Sequence[Batch] = (),
     rationales: Sequence[Batch] = (),
     adapter: str = "default",
     *,
+    score: Callable[[nn.Module], float] | None = None,
     shortlist: int = 8,
     size: int = 4,
     mix: float = 0.5,
@@ -152,6 +164,7 @@ def select(
         examples: see `score_experts`; the authors use 50 rows.
         rationales: see `score_experts`; none leaves them out.
         adapter: the name of the mixture.
+        score: see `score_experts`.
         shortlist: how many of the best experts are compared for difference.
         size: how many are chosen; 4 in the authors' code.
         mix: weight of the rationales, see `rank`.
@@ -164,7 +177,7 @@ def select(
         raise ConfigError(
             f"size must be between 1 and shortlist {shortlist} and the number of experts {len(names)}, got {size}"
         )
-    accuracy, perplexity = score_experts(model, examples, rationales, adapter)
+    accuracy, perplexity = score_experts(model, examples, rationales, adapter, score=score)
     best = rank(accuracy, perplexity, mix if rationales else 0.0)[:shortlist]
     similar = similarity(model, adapter)
     return Choice(tuple(names), accuracy, perplexity, similar, tuple(best), most_diverse(similar, size, best))
@@ -177,6 +190,7 @@ def build(
     *,
     examples: Sequence[Batch] | None = None,
     rationales: Sequence[Batch] = (),
+    score: Callable[[nn.Module], float] | None = None,
     experts: Sequence[int] | None = None,
     shortlist: int = 8,
     size: int = 4,
@@ -190,7 +204,7 @@ def build(
     Args:
         model: a mixture, as `molora.import_peft` makes it.
         adapter: the name of the mixture.
-        examples, rationales, shortlist, size, mix: see `select`.
+        examples, rationales, score, shortlist, size, mix: see `select`.
         experts: keep these instead of selecting.
         k: experts per token; 2 in the paper.
         train_experts: train the experts beside the router, as in the paper.
@@ -204,14 +218,15 @@ def build(
         ConfigError: options that do not fit; nothing is changed.
     """
     names, problems = expert_names(model, adapter), []
-    if (examples is None) == (experts is None):
-        problems.append("give either examples to select by, or experts to keep")
+    if sum(given is not None for given in (examples, score, experts)) != 1:
+        problems.append("give either examples or a score to select by, or experts to keep")
     kept = size if experts is None else len(experts)
     if not 1 <= k <= min(kept, len(names)):
         problems.append(f"k must be between 1 and the number of experts that are kept, {kept}, got {k}")
     raise_all(problems, ConfigError, "K-shot selection cannot be made")
     if experts is None:
-        chosen = select(model, examples, rationales, adapter, shortlist=shortlist, size=size, mix=mix).chosen
+        numbers = {"shortlist": shortlist, "size": size, "mix": mix}
+        chosen = select(model, examples or (), rationales, adapter, score=score, **numbers).chosen
     else:
         chosen = tuple(experts)
     keep_experts(model, chosen, adapter)

@@ -48,8 +48,8 @@ def build(
         ConfigError: options that cannot work; nothing is changed.
     """
     keys: dict[str, Any] = {key: value for key, value in read_recipe(RECIPE).items() if key in PLAIN}
-    loss = {**keys["losses"][0]}
-    loss |= {name: v for name, v in (("weight", weight), ("entropy", entropy), ("sign", sign), ("k", k)) if v is not None}
+    given = {"weight": weight, "entropy": entropy, "sign": sign, "k": k}
+    loss = {**keys["losses"][0], **{name: value for name, value in given.items() if value is not None}}
     if k is not None:
         keys["selector"] = {**keys["selector"], "k": k}
     reroute(model, adapter, **{**keys, "losses": [loss]}, experts={"frozen": [] if train_experts else "all"})

@@ -6,8 +6,8 @@
 `(sum_e w_e B_e) (sum_e w_e A_e)`: quadratic in w with cross terms between adapters, so that w = -1 equals w = 1 for a
 single adapter and w = 0.5 gives a quarter of it; it needs equal ranks.
 
-The search is CMA-ES (the package `cmaes`, in the extra `search`) and then the simplex of Nelder and Mead, instead of the
-paper's NGOpt; its numbers (40 evaluations, +-1.5, 0.05) are the paper's.
+The search is CMA-ES (the package `cmaes`, in the extra `search`) and then the simplex of Nelder and Mead, instead of
+the paper's NGOpt; its numbers (40 evaluations, +-1.5, 0.05) are the paper's.
 """
 
 from __future__ import annotations
@@ -252,7 +252,11 @@ def _why_no_factors(layers: dict[str, Any], adapter: str, names: Sequence[str]) 
         bank = layer.molora_bank[adapter]
         idle = [name for expert, name in enumerate(names) if not bank.pair(expert)[1].any()]
         if len(set(bank.ranks)) > 1:
-            found.append(f"layer '{path}' has experts of ranks {list(bank.ranks)}, and mode 'factors' needs equal ranks")
+            found.append(
+                f"layer '{path}' has experts of ranks {list(bank.ranks)}, and mode 'factors' needs equal ranks"
+            )
         elif idle:
-            found.append(f"layer '{path}' is not adapted by {', '.join(idle)}, so that its A would mix with random values")
+            found.append(
+                f"layer '{path}' is not adapted by {', '.join(idle)}, so that its A would mix with random values"
+            )
     return found

@@ -145,7 +145,7 @@ def prompt_router(model: nn.Module, adapter: str = "default") -> PromptRouter:
     found = tuner_of(model).__dict__.get("prompt_routers", {}).get(adapter)
     if found is None:
         raise ConfigError(
-            f"adapter '{adapter}' has no router for prompts; make one with molora.posthoc.retrieval or router_retriever"
+            f"adapter '{adapter}' has no router for prompts; see molora.posthoc.retrieval and router_retriever"
         )
     return found
 

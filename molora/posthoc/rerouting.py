@@ -19,7 +19,7 @@ from ..control import routed_layers, tuner_of
 from ..errors import ConfigError, raise_all
 from ..experts.bank import ExpertBank
 from ..experts.forms import build_experts, form_name
-from ..growth import _replan
+from ..growth import replan
 from ..routing.router import Router
 from ..undo import undone_on_error
 from .registry import posthoc_routers
@@ -58,8 +58,8 @@ def reroute(model: nn.Module, adapter: str = "default", **changes: Any) -> list[
     Raises:
         ConfigError: the configuration cannot work with these experts; nothing is changed.
     """
-    config: MoloraConfig = tuner_of(model).peft_config[adapter]
     layers = routed_layers(model, adapter)
+    config: MoloraConfig = tuner_of(model).peft_config[adapter]
     experts = changes.pop("experts", {})
     known = {*PLAIN}
     problems = [f"'{key}' does not say how a mixture is routed" for key in changes if key not in known]
@@ -76,7 +76,7 @@ def reroute(model: nn.Module, adapter: str = "default", **changes: Any) -> list[
     changed = MoloraConfig(**fields)
     with undone_on_error(model):
         _reshape_experts(layers, adapter, config, changed)
-        _replan(model, adapter, changed, keep=False)
+        replan(model, adapter, changed, keep=False)
     for layer in layers.values():
         layer.forget_calls()
     return routers_of(model, adapter)
@@ -98,6 +98,28 @@ def _reshape_experts(layers: dict[str, Any], adapter: str, old: MoloraConfig, ne
         bank.all_frozen = new.experts["frozen"] == "all"
 
 
+def route(model: nn.Module, name: str, adapter: str = "default", **options: Any) -> nn.Module:
+    """Route a mixture that is there by the post-hoc router called `name`; `molora.compose` does it from LoRAs.
+
+    Args:
+        model: a wrapped model.
+        name: as registered, such as `arrow`.
+        adapter: which of its adapters.
+        options: of the router's `build`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: unknown router or options, or what its `build` refuses; nothing is changed.
+    """
+    problems = posthoc_routers.problems({"name": name, **options})
+    raise_all(problems, ConfigError, f"adapter '{adapter}' cannot be routed by '{name}'")
+    posthoc_routers.get(name)(model, adapter, **options)
+    tuner_of(model).peft_config[adapter].recipe = f"posthoc/{name}"  # where a live mixture looks who refreshes it
+    return model
+
+
 def routers_of(model: nn.Module, adapter: str = "default") -> list[Router]:
     """Return the routers of an adapter, in the order of the layers that decide."""
     layers = routed_layers(model, adapter).values()
@@ -116,8 +138,8 @@ def expert_names(model: nn.Module, adapter: str = "default") -> list[str]:
     Raises:
         ConfigError: layers have different numbers of experts, so that no name means the same everywhere.
     """
-    config: MoloraConfig = tuner_of(model).peft_config[adapter]
     counts = {layer.molora_bank[adapter].num_experts for layer in routed_layers(model, adapter).values()}
+    config: MoloraConfig = tuner_of(model).peft_config[adapter]
     if len(counts) > 1:
         raise ConfigError(f"adapter '{adapter}' has {sorted(counts)} experts in its layers; they need the same number")
     names = config.experts["names"]
@@ -168,6 +190,6 @@ def keep_experts(model: nn.Module, experts: Sequence[int], adapter: str = "defau
                 fresh.write(slot, *bank.pair(expert), scale=bank.scaling)
             fresh.all_frozen = bank.all_frozen
             layer.molora_bank[adapter] = fresh.to(bank.A.device).train(bank.training)
-        _replan(model, adapter, changed, keep=False)
+        replan(model, adapter, changed, keep=False)
     for layer in routed_layers(model, adapter).values():
         layer.forget_calls()

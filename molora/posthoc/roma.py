@@ -26,7 +26,7 @@ from ..plan import depth_of, place_of
 from ..routing.trace import Site
 from ..routing.types import Context, Routing
 from .rerouting import posthoc_routers, routers_of, sites_of
-from .scoring import Batch, row_losses, row_matches
+from .scoring import Batch, base_of, inputs_of, row_losses, row_matches
 
 
 @posthoc_routers.register("roma")
@@ -45,12 +45,16 @@ def build(model: nn.Module, adapter: str = "default", *, layers: int = 5) -> nn.
         ConfigError: no router with anything to learn stands there; nothing is changed.
     """
     chosen = last_sites(model, adapter, layers)
-    routers = [router for path, router in zip(sites_of(model, adapter), routers_of(model, adapter), strict=True) if path in chosen]
+    routers = [
+        router
+        for path, router in zip(sites_of(model, adapter), routers_of(model, adapter), strict=True)
+        if path in chosen
+    ]
     learning = [parameter for router in routers for parameter in router.parameters()]
     if not learning or all(router.weights == "frozen" for router in routers):
         raise ConfigError(
-            f"the routers of the last {layers} blocks have nothing to learn; route the mixture by a scorer that learns, "
-            "such as linear"
+            f"the routers of the last {layers} blocks have nothing to learn; route the mixture by a scorer that "
+            "learns, such as linear"
         )
     model.requires_grad_(False)
     for parameter in learning:
@@ -65,17 +69,12 @@ def last_sites(model: nn.Module, adapter: str = "default", layers: int = 5) -> l
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
         raise ConfigError(f"layers must be a whole number >= 1, got {layers!r}")
     paths = sites_of(model, adapter)
-    depth = depth_of([name for name, _ in trace_base(model).named_modules()])
+    depth = depth_of([name for name, _ in base_of(model).named_modules()])
     places = {path: place_of(path) for path in paths}
     found = [p for p, at in places.items() if at.index is not None and at.index >= depth[at.stack] - layers]
     if not found:
         raise ConfigError(f"adapter '{adapter}' takes no decision in the last {layers} blocks; it decides at: {paths}")
     return found
-
-
-def trace_base(model: nn.Module) -> nn.Module:
-    """Return the base model inside a PeftModel."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def neighbours(
@@ -171,7 +170,7 @@ class Roma:
             for batch, own in samples:
                 right = (is_correct or self._matches)(batch).cpu()
                 with self._reading():
-                    self.model(**{name: value for name, value in batch.items() if name != "labels"})
+                    self.model(**inputs_of(self.model, batch))
                 ids += [count + row for row in range(len(right)) if right[row]]
                 embeddings.append(own.detach().cpu().float()[right])
                 targets.append(self._routing().cpu()[right])

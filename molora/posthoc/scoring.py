@@ -9,10 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compat import labels_are_shifted
+from ..compat import generates, is_encoder_decoder
 from ..errors import ConfigError
 
 Batch = Mapping[str, Any]  # arguments of the model's forward
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the base model inside a PeftModel."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return the arguments of a forward without a loss of its own, in which routers see no more than with the labels.
+
+    Encoder-decoder models keep their labels, of which they make the inputs of the decoder.
+    """
+    base, labels = base_of(model), batch.get("labels")
+    if not isinstance(labels, Tensor) or is_encoder_decoder(base):
+        return dict(batch)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if generates(base) and labels.dim() == 2:  # decisions per prompt read no answer
+        inputs.setdefault("prompt_mask", (labels != -100).long().cumsum(1) == 0)
+    return inputs
 
 
 def labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,12 +47,15 @@ def labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         raise ConfigError("examples need labels: give mappings of the model's arguments with 'labels' among them")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inputs = dict(batch)
-    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        inputs.pop("labels")  # the model's own loss is not needed
-    logits = model(**inputs).logits.float()
-    if logits.dim() == labels.dim() + 1 == 3 and labels_are_shifted(base):
+    base = base_of(model)
+    logits = getattr(model(**inputs_of(model, batch)), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ConfigError(
+            f"{type(base).__name__} gives no logits to compare with labels; pass a function that scores it"
+        )
+    logits = logits.float()
+    # by what the model does, not by its `loss_type`, which is unset in models that then shift by default (GPT-2)
+    if logits.dim() == labels.dim() + 1 == 3 and generates(base) and not is_encoder_decoder(base):
         logits, labels = logits[:, :-1], labels[:, 1:]
     if logits.dim() == 2 and labels.dim() == 1:
         logits, labels = logits[:, None], labels[:, None]

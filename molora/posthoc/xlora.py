@@ -92,4 +92,6 @@ def hidden_size(base: nn.Module) -> int | None:
     config = getattr(base, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    return next((n for name in ("hidden_size", "d_model", "n_embd") if isinstance(n := getattr(config, name, None), int)), None)
+    return next(
+        (n for name in ("hidden_size", "d_model", "n_embd") if isinstance(n := getattr(config, name, None), int)), None
+    )

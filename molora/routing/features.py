@@ -3,8 +3,8 @@
 A feature is a Module built with `(dim, **options)`; `dim` on the instance is the size D of what it returns. It is
 called with `(x, ctx)` before pooling. Facts: `given=("place",)` for those that ask where the router stands in the depth
 of the model, `remembers` for those that need the tokens in a key-value cache (Memory.past), `attends` for those that
-need the attention weights of the model, `first_pass` for those that need the last states of the model alone. A feature with a method `borrow(owner)` shares what it learns: the tuner calls
-it for all routers but the first.
+need the attention weights of the model, `first_pass` for those that need the last states of the model alone. A feature
+with a method `borrow(owner)` shares what it learns: the tuner calls it for all routers but the first.
 """
 
 from __future__ import annotations

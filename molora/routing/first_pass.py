@@ -6,6 +6,8 @@ scorer `xlora` is the small head of the paper over them.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -61,9 +63,7 @@ class XLoraHead(nn.Module):
         dropout: after each ReLU, in training.
     """
 
-    def __init__(
-        self, dim: int, num_experts: int, *, depth: int = 1, width: int = 2048, dropout: float = 0.2
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, *, depth: int = 1, width: int = 2048, dropout: float = 0.2) -> None:
         super().__init__()
         if depth < 1 or width < 1 or not 0 <= dropout < 1:
             raise ConfigError(
@@ -71,7 +71,7 @@ class XLoraHead(nn.Module):
                 f"depth={depth}, width={width}, dropout={dropout}"
             )
         sizes = [dim, *[width] * (depth - 1), num_experts]
-        self.maps = nn.ModuleList(nn.Linear(before, after) for before, after in zip(sizes, sizes[1:], strict=False))
+        self.maps = nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(sizes))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:

@@ -183,9 +183,11 @@ class Router(nn.Module):
             self.price = Price(choices * splits, prices.build(price))
         self.shared = Shared(read if self.pool is not None else dim, **shared) if shared else None
         self.freeze()
-        # Fail now, not in the first forward, when an option cannot work with this many experts.
+        # Fail now, not in the first forward, when an option cannot work with this many experts. On the meta device,
+        # where saved adapters are rebuilt before their tensors are read, there is nothing to compute with.
+        on_meta = any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
         with torch.no_grad():
-            for progress in (0.0, 1.0):
+            for progress in () if on_meta else (0.0, 1.0):
                 scores = torch.zeros(1, 1, choices)
                 probs = self.link(scores, progress=progress)
                 told = Context(progress=progress, task_ids=torch.zeros(1, dtype=torch.long))

@@ -99,9 +99,9 @@ class Plan:
     """What an adapter asks of the trace: its losses, how many decisions a forward takes, and what else it needs.
 
     `by_prompt`: decisions outlive a forward. `remembers`: routers need the tokens before this forward (Memory.past).
-    `attends`: routers need the attention weights of the model. `looks_ahead`: they need a first pass of the model alone.
-    `draws`: routers draw at random in training (Memory.seed). `objective`: how the training loss is made of several
-    forwards of a batch, if it is.
+    `attends`: routers need the attention weights of the model. `looks_ahead`: they need a first pass of the model
+    alone. `draws`: routers draw at random in training (Memory.seed). `objective`: how the training loss is made of
+    several forwards of a batch, if it is.
     """
 
     losses: list[WeightedLoss]

@@ -18,6 +18,7 @@ from ..control import add_aux, drop_aux, routed_layers, trace_of
 from ..errors import ConfigError
 from ..routing.metrics import Usage
 from ..routing.router import Router
+from .objectives import objective_loss
 
 STEP_SIZE = 1e-3  # how far the largest entry of each tensor moves: B leaves zero, and nothing else goes far
 
@@ -64,6 +65,8 @@ class Probe:
         torch.manual_seed(0)
         with self._without_losses() if not losses else nullcontext():
             with usage.reading(self.trace) if usage is not None else nullcontext():
+                if self.trace.plans[self.adapter].objective is not None and not more:
+                    return objective_loss(self.model, self.batch), self.trace.aux.value(), True
                 outputs = self.model(**self.batch, **more)
             loss = outputs.get("loss") if hasattr(outputs, "get") else None
             has_loss = loss is not None

@@ -6,21 +6,23 @@
     POST /api/repos/create, /api/models/<repo>/preupload|commit/<revision>, /<repo>.git/info/lfs/objects/batch
     PUT  /upload/<sha256>
 
-Responses carry X-Repo-Commit, ETag, X-Linked-Etag and X-Linked-Size as the Hub's do. Run as a program it serves one
-folder slowly: `python -m tests.hub.hub_server FOLDER BYTES_PER_SECOND`.
+Responses carry X-Repo-Commit, ETag, X-Linked-Etag and X-Linked-Size as the Hub's do.
 """
 
 import base64
 import hashlib
 import json
 import re
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+
+from molora.hub.web import Web
 
 
 def git_hash(content):
@@ -242,9 +244,16 @@ class HubServer:
         return {"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit, "pullRequestUrl": None}
 
 
-if __name__ == "__main__":
-    server = HubServer()
-    server.commit_folder("me/slow", sys.argv[1])
-    server.faults.append(Fault("/cdn/", pause=1024 / float(sys.argv[2])))
-    print(server.url, flush=True)
-    time.sleep(600)
+def go_online(monkeypatch):
+    """Let huggingface_hub talk to the server: tests are offline, and the machine may have a proxy."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    huggingface_hub.close_session()
+
+
+def client(server, token=False, **options):
+    """A client that may be sent to the server's content network, as it is for the public Hub by itself."""
+    return Web(server.url, token, **{"hosts": [server.cdn.removeprefix("http://")], **options})

@@ -18,6 +18,7 @@ from molora.hub.entry import read_entry
 from molora.hub.index import MAX_WORDS, Index, has_fts5, words_of
 from molora.hub.names import Ref
 from molora.hub.store import Hub
+from tests.hub.killing import in_memory, run_and_kill
 from tests.hub.loras import lora
 
 TEXTS = {
@@ -207,6 +208,30 @@ def test_many_processes_rebuild_lose_and_read_at_once(hub):
     assert [os.WEXITSTATUS(os.waitpid(child, 0)[1]) for child in children] == [0] * 5
     hub.index.rebuild()
     assert rows(hub) == set(hub.disk.scan()[0])
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["asked for", "of a damaged index"])
+def test_a_kill_at_any_step_of_a_rebuild(damaged, tmp_path):
+    with in_memory(tmp_path) as tmp_path:
+        start = tmp_path / "start"
+        for seed, name in enumerate(("one", "two")):
+            Hub(start).add(lora(tmp_path / name, seed=seed), name, description=f"Number {name}.")
+        want = [read_entry(ref, start / ref.name / "1") for ref in (Ref("one", 1), Ref("two", 1))]
+        if damaged:
+            (start / ".index.sqlite").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 40)
+        work = (lambda: Hub(start).list()) if damaged else (lambda: Hub(start).index.rebuild())
+        kept = (start / ".index.sqlite").read_bytes()
+        for point in range(200):
+            killed = run_and_kill(work, point)
+            index = Hub(start, lock_seconds=5).index
+            assert index.entries() == want
+            assert list(index.find("two")) == [Ref("two", 1)]
+            for path in start.glob(".index*"):
+                path.unlink()
+            (start / ".index.sqlite").write_bytes(kept)
+            if not killed:
+                break
+        assert point > 10 and not killed
 
 
 def test_the_index_follows_another_process(hub, tmp_path):

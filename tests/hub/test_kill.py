@@ -5,13 +5,12 @@ import shutil
 import signal
 import sqlite3
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 
 from molora.errors import ConfigError
 from molora.hub.store import Hub
+from tests.hub.killing import in_memory, run_and_kill
 from tests.hub.loras import lora
 
 FIELDS = {"task": "topic", "description": "Sorts headlines.", "licence": "apache-2.0"}
@@ -19,13 +18,8 @@ FIELDS = {"task": "topic", "description": "Sorts headlines.", "licence": "apache
 
 @pytest.fixture
 def tmp_path(tmp_path):
-    """In memory where there is such a place: a kill does not ask what was flushed, and flushing is slow."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Path(folder)
+    with in_memory(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -36,47 +30,6 @@ def hub(tmp_path):
 @pytest.fixture
 def source(tmp_path):
     return lora(tmp_path / "source")
-
-
-def run_and_kill(work, point):
-    """Run `work` in a child process that is killed by SIGKILL at its `point`-th step on the disk; whether it was.
-
-    Steps are what Python reports before it does them (open, rename, mkdir, remove, SQLite connect, ...), each fsync and
-    each SQL statement.
-    """
-    child = os.fork()
-    if child == 0:
-        left = point
-
-        def step(*_):
-            nonlocal left
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-
-        events = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "sqlite3.connect/handle"}
-        sys.addaudithook(lambda event, args: step() if event in events else None)
-        real_sync, real_connect = os.fsync, sqlite3.connect
-        os.fsync = lambda handle: (step(), real_sync(handle))[1]
-
-        def connect(*args, **options):
-            db = real_connect(*args, **options)
-            db.set_trace_callback(step)
-            return db
-
-        sqlite3.connect = connect
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            print(type(error), error, file=sys.stderr)
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
 
 
 def whole(root, allowed):

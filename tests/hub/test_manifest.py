@@ -36,7 +36,14 @@ def actions(plan):
 
 
 def test_reading_and_writing(tmp_path):
-    text = f"format: 1\nadapters:\n  news: news@2\n  law:\n    adapter: law\n    digest: '{SHA}'\n  poems: {{adapter: poems, like: news}}\n"
+    text = f"""format: 1
+adapters:
+  news: news@2
+  law:
+    adapter: law
+    digest: '{SHA}'
+  poems: {{adapter: poems, like: news}}
+"""
     (tmp_path / "m.yaml").write_text(text)
     manifest = Manifest.load(tmp_path / "m.yaml")
     assert manifest.wanted == (
@@ -118,7 +125,7 @@ def test_a_library_is_brought_to_what_the_manifest_says(hub, tmp_path):
 def test_a_version_with_other_content_is_not_replaced(hub, tmp_path):
     other = Hub(tmp_path / "other")
     other.add(lora(tmp_path / "x", seed=99), "law")
-    with pytest.raises(ConfigError, match="'law@1': library .* has other content under this version"):
+    with pytest.raises(ConfigError, match=r"'law@1': library .* has other content under this version"):
         reconcile(["news", "law"], hub, other)
     assert [entry.name for entry in other.list()] == ["law"]  # nothing was changed
 
@@ -216,6 +223,22 @@ def test_what_cannot_be_an_expert(hub, model, tmp_path):
         reconcile(["wide"], hub, model)
     with pytest.raises(ConfigError, match="holds no molora adapter"):
         reconcile(["news"], hub, tiny_llama())
+
+
+def test_a_learned_router_is_told_what_a_new_expert_is_like(hub):
+    recipe = {"scorer": "linear", "selector": "softmax"}
+    model = compose(tiny_llama(), {"news": hub.get("news@1"), "law": hub.get("law")}, recipe, slots=4).eval()
+    for name, parameter in model.named_parameters():
+        if "molora_router" in name:
+            parameter.data.normal_()
+    with pytest.raises(ConfigError, match="say which expert it is like at first"):
+        reconcile({"poems": "poems"}, hub, model, prune=False)
+    reconcile({"poems": {"adapter": "poems", "like": "law"}}, hub, model, prune=False)
+    with molora.record(model) as log:
+        logits(model)
+    slots = [live(model).slot(name) for name in ("law", "poems")]
+    for routing in log.values():
+        assert torch.equal(routing.gates[..., slots[0]], routing.gates[..., slots[1]])
 
 
 def test_a_library_that_changes_between_plan_and_step_is_noticed(hub, model, monkeypatch):

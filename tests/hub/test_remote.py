@@ -1,11 +1,7 @@
 """pull and push against a small Hub on 127.0.0.1 and fsspec's file systems: every way in which they can go wrong."""
 
-import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from argparse import ArgumentParser
@@ -15,8 +11,6 @@ from pathlib import Path
 import fsspec
 import huggingface_hub
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from molora import ConfigError, LoadError
 from molora.hub import remote_commands
@@ -27,7 +21,7 @@ from molora.hub.sources import parse_address
 from molora.hub.store import Hub
 from molora.hub.web import Web
 from tests.adapters import CONFIG, WEIGHTS, change_config
-from tests.hub.hub_server import Fault, HubServer, git_hash, sha256
+from tests.hub.hub_server import Fault, HubServer, client, git_hash, go_online, sha256
 from tests.test_interchange import peft_lora
 from tests.tiny import tiny_llama
 
@@ -41,11 +35,7 @@ def lora(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def online(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    huggingface_hub.close_session()
+    go_online(monkeypatch)
     yield
     huggingface_hub.close_session()
 
@@ -66,11 +56,6 @@ def hub(tmp_path):
 @pytest.fixture
 def web(server):
     return client(server, attempts=3, longest_wait=5.0, timeout=5.0)
-
-
-def client(server, token=False, **options):
-    """A client that may be sent to the server's content network, as it is for the public Hub by itself."""
-    return Web(server.url, token, **{"hosts": [server.cdn.removeprefix("http://")], **options})
 
 
 @pytest.fixture
@@ -328,7 +313,7 @@ def test_hosts_of_the_public_hub(url, allowed):
     assert Web("https://huggingface.co", False, hosts=["mine.example.com"]).allows(url) is allowed
 
 
-def test_offline_uses_what_was_pulled_before(server, hub, get, monkeypatch, tmp_path):
+def test_offline_uses_what_was_pulled_before(server, hub, web, get, monkeypatch, tmp_path):
     first = get()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     again = get(name="again")
@@ -337,6 +322,7 @@ def test_offline_uses_what_was_pulled_before(server, hub, get, monkeypatch, tmp_
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     server.close()
     huggingface_hub.close_session()  # and the connection that was kept
+    web.attempts = 1
     assert get(name="third").offline
     weights = next((tmp_path / "cache").glob(f"*/files/{WEIGHTS}"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
@@ -531,47 +517,3 @@ def test_progress_counts_every_byte_once(server, hub, web, lora, tmp_path, monke
     counts.clear()
     download(source, tmp_path / "place", progress=counts.append)
     assert sum(counts) == total
-
-
-def test_kill_during_pull_leaves_the_library_whole(tmp_path, lora, server):
-    """kill -9 at several moments of a slow download, then a pull that goes on from the bytes that are there."""
-    big = shutil.copytree(lora, tmp_path / "big")
-    weights = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{n}.weight": torch.randn(s)
-               for n, s in (("A", (512, 512)), ("B", (512, 512)))}  # fmt: skip
-    save_file(weights, big / WEIGHTS, {"format": "pt"})
-    change_config(big, r=512, target_modules=["q_proj"])
-    server.commit_folder("me/big", big)
-    slow = Fault("/cdn/", pause=0.004)
-    server.faults.append(slow)
-    hub = Hub(tmp_path / "library")
-    hub.add(lora, "old")
-    code = (
-        "import sys\nfrom molora.hub.remote import pull\nfrom molora.hub.store import Hub\nprint('go', flush=True)\n"
-        "pull('me/big', Hub(sys.argv[1]), endpoint=sys.argv[2], cache_dir=sys.argv[3], hosts=[sys.argv[4]])\n"
-    )
-    command = [sys.executable, "-c", code, str(hub.root), server.url, str(tmp_path / "cache")]
-    command.append(server.cdn.removeprefix("http://"))
-    gone = ("HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")
-    env = {key: value for key, value in os.environ.items() if key not in gone} | {"HF_HOME": str(tmp_path / "hf")}
-    size = (big / WEIGHTS).stat().st_size
-
-    def part():
-        return sum(path.stat().st_size for path in (tmp_path / "cache").glob(f"*/files/{WEIGHTS}.part"))
-
-    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 60
-    while part() == 0 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = part()
-    assert 0 < kept < size
-    assert [str(entry.ref) for entry in hub.list()] == ["old@1"] and not any(hub.verify().values())
-    server.faults.clear()
-    server.log.clear()
-    web = client(server)
-    got = pull("me/big", hub, web=web, cache_dir=tmp_path / "cache")
-    assert [headers.get("range") for _, _, headers in server.asked("/cdn/")] == [f"bytes={kept}-"]
-    assert hashlib.sha256((got.entry.folder / WEIGHTS).read_bytes()).hexdigest() == sha256((big / WEIGHTS).read_bytes())
-    assert not any(hub.verify().values())

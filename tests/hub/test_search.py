@@ -202,10 +202,11 @@ def test_like(hub, tmp_path):
     assert 0.7 < scores["mixed"] < 0.999
     assert abs(scores["law"]) < 0.3
     assert not {"query-lora", "mix", "elsewhere"} & set(scores)
+    assert cosine({}, {}) is None and cosine(read_deltas(tmp_path / "same"), {Q: (A.double() * 0, B.double())}) is None
     order = names(hub.search(like="query-lora"))
     assert set(order[:2]) == {"same", "half"} and order[2] == "mixed" and order[-1] == "opposite"
     assert names(hub.search(like="query-lora@1", limit=3, task="topic")) == sorted(
         ("law", "news"), key=lambda name: -scores[name]
     )
-    with pytest.raises(LoadError, match="of type 'MOLORA', and only a LORA"):
+    with pytest.raises(LoadError, match="type 'MOLORA'; only LORA adapters"):
         hub.search(like="mix")

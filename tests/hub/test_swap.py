@@ -20,7 +20,7 @@ from molora.hub.leases import Leases
 from molora.hub.rows import copy_rows, rows_of
 from molora.routing.router import Router
 from molora.routing.scorers import scorers
-from tests.adapters import logits
+from tests.adapters import CONFIG, WEIGHTS, change_config, change_tensors, logits
 from tests.test_interchange import peft_lora, peft_says
 from tests.test_laws import cases, context, hidden, router_of
 from tests.tiny import tiny_inputs, tiny_llama, tiny_t5
@@ -448,3 +448,42 @@ def test_leases_count_tables_not_slots():
     assert leases.free() == [0] and leases.take(0) == 0
     second.release()
     assert leases.free() == [0, 1]
+
+
+def test_what_changes_on_disk_between_two_swaps_is_read_anew(loras, tmp_path):
+    """The same layout is not checked twice; other values, another scale or damage must be seen all the same."""
+    folder = peft_lora(tmp_path / "here", 5, r=4, target_modules=LAYERS)
+    model = compose(tiny_llama(), {"x": loras[0]}, slots=2).eval()
+
+    def check():
+        live(model).swap("x", folder)
+        want = peft_says(folder)
+        with molora.using_experts(model, "x"):
+            assert (logits(model) - want).abs().max() < 2e-6 * want.abs().max()
+        return want
+
+    first = check()
+    change_tensors(folder, lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
+    second = check()
+    change_config(folder, lora_alpha=3)
+    assert not torch.allclose(first, second) and not torch.allclose(second, check())
+    before = logits(model)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    change_tensors(folder, lambda tensors: tensors[name].fill_(torch.nan))
+    with pytest.raises(LoadError, match=r"up_proj.lora_B.weight' holds NaN or Inf"):
+        live(model).swap("x", folder)
+    change_tensors(folder, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
+    with pytest.raises(LoadError, match="NaN"):
+        live(model).swap("x", folder)
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(LoadError, match="truncated"):
+        live(model).swap("x", folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(LoadError, match=r"adapter_config.json is missing"):
+        live(model).swap("x", folder)
+    assert torch.equal(logits(model), before)
+    half = peft_lora(tmp_path / "half", 6, dtype=torch.bfloat16, r=3, target_modules=["v_proj"])
+    live(model).swap("x", half)
+    with molora.using_experts(model, "x"):
+        assert (logits(model) - peft_says(half)).abs().max() < 1e-5

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import struct
 
 import pytest
@@ -16,12 +17,14 @@ from molora.compat import linear_sizes
 from molora.hub.card import AdapterCard, hash_files
 from molora.hub.effect import proof_of_effect
 from molora.hub.limits import Limits
+from molora.hub.store import Hub
 from molora.hub.verify import check_folder
-from tests.adapters import CONFIG, WEIGHTS, anatomy, change_config, change_tensors, logits, wrapped
+from tests.adapters import WEIGHTS, anatomy, change_config, change_tensors, logits, wrapped
 from tests.test_interchange import peft_lora
 from tests.tiny import tiny_inputs, tiny_llama, tiny_tokenizer
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+LAST = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"  # in the order of the file
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def test_pickles_are_refused_and_never_opened(lora, tmp_path):
 
     for name in ("adapter_model.bin", "training_args.bin", "x.pt", "y.PKL"):
         (lora / name).write_bytes(pickle.dumps(Bomb()))
-        assert f"{name} is a pickle, which can run any code" in problems(lora)
+        assert f"'{name}' is a pickle, which can run any code" in problems(lora)
     (lora / WEIGHTS).unlink()
     assert "pickle" in problems(lora)
     assert not (tmp_path / "boom").exists()
@@ -123,6 +126,27 @@ def test_a_link_in_place_of_weights_is_not_followed(lora, tmp_path):
     (lora / WEIGHTS).rename(moved)
     (lora / WEIGHTS).symlink_to(moved)
     assert problems(lora) == f"'{WEIGHTS}' is a link; an adapter holds its files itself"
+
+
+def test_a_library_takes_no_links_out_of_a_folder(lora, tmp_path):
+    """An adapter that links to a secret would carry it into the library, and with the next push into the world."""
+    secret = tmp_path / "secret"
+    secret.write_text("my key")
+    hub = Hub(tmp_path / "library")
+    (lora / "README.md").unlink()
+    (lora / "README.md").symlink_to(secret)
+    with pytest.raises(LoadError, match=r"was not added.*README.md is a link to '.*secret'"):
+        hub.add(lora, "thief")
+    # not even in what looks like the cache of Hugging Face, which is made of links to blobs (see test_store.py)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / ("0" * 40), tmp_path / "models--a--b" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    lora.rename(snapshot)
+    blobs.mkdir()
+    (blobs / "README.md").symlink_to(secret)
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to("../../blobs/README.md")
+    with pytest.raises(LoadError, match=r"README.md is a link to '.*secret'"):
+        hub.add(snapshot, "thief")
 
 
 def test_limits(lora, mixture):
@@ -183,7 +207,8 @@ def test_headers_that_lie(lora):
         "cannot fill bytes": lambda h: h[KEY].update(shape=[1 << 40, 1 << 40]),
         "has shape": lambda h: h[KEY].update(shape=[2] * 100_000),
         "unknown dtype": lambda h: h[KEY].update(dtype="X" * 100_000),
-        "overlaps": lambda h: h[KEY].update(data_offsets=[0, 512]),
+        "leaves a gap of 4 bytes": lambda h: h[KEY].update(data_offsets=[o + 4 for o in h[KEY]["data_offsets"]]),
+        "overlaps": lambda h: h[LAST].update(data_offsets=[o - 4 for o in h[LAST]["data_offsets"]]),
     }
     for message, change in cases.items():
         (lora / WEIGHTS).write_bytes(content)
@@ -291,8 +316,6 @@ def test_without_a_fingerprint_a_note_says_so(lora):
     ],
 )
 def test_configs_that_would_hang_or_crash(lora, change, message):
-    import re
-
     change_config(lora, **change)
     assert re.search(message, problems(lora))
 
@@ -311,8 +334,6 @@ def test_configs_that_would_hang_or_crash(lora, change, message):
     ],
 )
 def test_mixtures_that_ask_for_too_much_are_not_built(mixture, change, message):
-    import re
-
     change_config(mixture, **change)
     assert re.search(message, problems(mixture, base=tiny_llama()))
 
@@ -413,7 +434,7 @@ def test_probes_may_be_texts(lora):
 def test_the_model_is_restored_when_a_probe_fails(lora):
     base = tiny_llama().train()
     before = anatomy(base)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"specify exactly one of input_ids"):
         proof_of_effect(base, lora, [{"no_such_input": 1}])
     assert anatomy(base) == before and base.training
     assert load_file(lora / WEIGHTS)

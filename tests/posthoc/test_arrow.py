@@ -203,7 +203,22 @@ def test_a_new_expert_in_a_slot_gets_its_own_prototype(tmp_path):
     pairs = {path: layer.molora_bank["default"].pair(1) for path, layer in source.items()}
     molora.write_expert(model, 1, pairs, scale=next(iter(source.values())).molora_bank["default"].scaling)
     assert not torch.allclose(logits(model), logits(other), atol=1e-4)
+    before = [layer.molora_router["default"].scorer.weight[0].clone() for layer in routed_layers(model).values()]
+    refresh(model, slot=1)
+    torch.testing.assert_close(logits(model), logits(other), atol=1e-6, rtol=1e-6)
+    after = [layer.molora_router["default"].scorer.weight[0] for layer in routed_layers(model).values()]
+    assert all(map(torch.equal, before, after))
     refresh(model)
+    torch.testing.assert_close(logits(model), logits(other), atol=1e-6, rtol=1e-6)
+
+
+def test_a_new_general_expert_changes_all_prototypes(tmp_path):
+    folders = library(tmp_path, 4)
+    model, other = mixture(folders[:3], general=[2]), mixture([*folders[:2], folders[3]], general=[2])
+    source = routed_layers(other)
+    pairs = {path: layer.molora_bank["default"].pair(2) for path, layer in source.items()}
+    molora.write_expert(model, 2, pairs, scale=next(iter(source.values())).molora_bank["default"].scaling)
+    refresh(model, slot=2)
     torch.testing.assert_close(logits(model), logits(other), atol=1e-6, rtol=1e-6)
 
 

@@ -140,7 +140,10 @@ def test_a_block_is_its_dict(block):
         (lambda: Average("a", weights=[0]), "not all 0"),
         (lambda: BatchSplit("a", "b", batch_sizes=[1]), "one number of rows per child"),
         (lambda: Average(Parallel("a", "b"), "c"), "put Parallel outermost"),
-        (lambda: gates_of(BatchSplit("a", "b", batch_sizes=[1, 2]), ["a", "b"], 4), "splits 3 rows as .*, but there are 4"),
+        (
+            lambda: gates_of(BatchSplit("a", "b", batch_sizes=[1, 2]), ["a", "b"], 4),
+            "splits 3 rows as .*, but there are 4",
+        ),
         (lambda: gates_of(Parallel("a", "b"), ["a", "b"], 3), "must be there 2 times"),
         (lambda: gates_of(MultiTask("a", "b"), ["a", "b"], 2), "needs task_ids"),
         (lambda: gates_of(MultiTask("a", "b"), ["a", "b"], 2, torch.tensor([0, 2])), "task ids must be 0 to 1"),

@@ -114,7 +114,9 @@ def test_identical_experts_get_equal_weights_whatever_is_learned(loras):
             torch.nn.init.normal_(parameter)
     with molora.record(model) as log, torch.no_grad():
         model(**tiny_inputs(tiny_llama()))
-    assert all(torch.allclose(routing.gates, torch.full_like(routing.gates, 1 / 3), atol=1e-5) for routing in log.values())
+    assert all(
+        torch.allclose(routing.gates, torch.full_like(routing.gates, 1 / 3), atol=1e-5) for routing in log.values()
+    )
 
 
 def test_the_temperature_may_be_annealed_by_progress(loras):

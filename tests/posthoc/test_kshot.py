@@ -61,7 +61,10 @@ def test_a_copy_in_another_factorisation_has_similarity_one(loras, tmp_path):
 
 
 def test_similarity_is_the_cosine_of_the_whole_weight_changes(loras, tmp_path):
-    others = [save_lora(tmp_path / "wide", 11, r=6), save_lora(tmp_path / "mlp", 12, target_modules=["up_proj", "q_proj"])]
+    others = [
+        save_lora(tmp_path / "wide", 11, r=6),
+        save_lora(tmp_path / "mlp", 12, target_modules=["up_proj", "q_proj"]),
+    ]
     folders = [loras[0], *others]
     model = mixture_of(folders)
     whole = []
@@ -213,10 +216,22 @@ def test_experts_of_different_ranks_and_layers_are_kept_exactly(loras, tmp_path)
     assert torch.equal(logits(molora.load(tiny_llama(), tmp_path / "saved")), logits(model))
 
 
+def test_any_score_of_the_model_may_take_the_place_of_examples(loras):
+    model = mixture_of(loras)
+    want = [float(logits_of(model, expert, 5).std()) for expert in range(5)]
+    found = kshot.select(model, score=lambda m: float(logits(m).std()), shortlist=3, size=2)
+    assert found.accuracy.tolist() == pytest.approx(want)
+    assert list(found.shortlist) == sorted(range(5), key=lambda expert: -want[expert])[:3]
+    kshot.build(model, score=lambda m: float(logits(m).std()), shortlist=3, size=2)
+    assert model.peft_config["default"].experts["names"] == [loras[expert].name for expert in found.chosen]
+    with pytest.raises(ConfigError, match="either examples"):
+        kshot.select(mixture_of(loras))
+
+
 def test_wrong_numbers_are_told_and_change_nothing(loras):
     model = mixture_of(loras)
     before = logits(model)
-    with pytest.raises(ConfigError, match="give either examples to select by, or experts to keep"):
+    with pytest.raises(ConfigError, match="give either examples or a score to select by, or experts"):
         kshot.build(model)
     with pytest.raises(ConfigError, match="there is no expert 7, only 0 to 4"):
         kshot.build(model, experts=[0, 7])

@@ -14,9 +14,9 @@ from molora.control import routed_layers
 from molora.posthoc import lorahub
 from molora.posthoc.lorahub import search
 from molora.posthoc.scoring import mean_loss, row_losses
-from tests.adapters import logits
+from tests.adapters import logits, stir
 from tests.posthoc.mixtures import mixture_of, save_lora, save_loras, trainable
-from tests.tiny import tiny_inputs, tiny_llama
+from tests.tiny import tiny_bert_classifier, tiny_gpt2, tiny_inputs, tiny_llama, tiny_t5
 
 SITE = "model.layers.0.self_attn.q_proj"
 
@@ -175,7 +175,9 @@ def test_a_few_examples_are_enough_to_find_the_adapter_that_made_them(loras):
 def test_sampling_leaves_the_others_at_zero(loras):
     seen = set()
     for seed in range(6):
-        model = lorahub.build(mixture_of(loras), loss=lambda m: -float(lorahub.weights_of(m).sum()), sample=1, seed=seed)
+        model = lorahub.build(
+            mixture_of(loras), loss=lambda m: -float(lorahub.weights_of(m).sum()), sample=1, seed=seed
+        )
         weights = lorahub.weights_of(model)
         assert (weights != 0).sum() == 1 and weights.max() > 1.0
         seen.add(int(weights.argmax()))
@@ -192,6 +194,49 @@ def test_the_loss_of_examples_does_not_depend_on_the_batches(loras):
     assert mean_loss(model, [inputs]) == pytest.approx(sum(own) / 4, rel=1e-5)
     assert mean_loss(model, rows) == pytest.approx(sum(own) / 4, rel=1e-5)
     torch.testing.assert_close(row_losses(model, inputs).detach(), torch.tensor(own))
+
+
+@pytest.mark.parametrize("build", [tiny_bert_classifier, tiny_t5, tiny_gpt2])
+def test_the_loss_of_examples_is_that_of_the_model_itself(tmp_path, build):
+    targets = {tiny_bert_classifier: ["query"], tiny_t5: ["q"], tiny_gpt2: ["c_attn"]}[build]
+    model = mixture_of([save_lora(tmp_path / "lora", 3, build, target_modules=targets)], build)
+    inputs = tiny_inputs(build(), batch=3)
+    if build is tiny_bert_classifier:
+        inputs["labels"] = torch.tensor([0, 2, 1])
+    elif build is tiny_gpt2:
+        inputs["labels"] = inputs["input_ids"]
+    with torch.no_grad():
+        want = float(model(**inputs).loss)
+    assert mean_loss(model, [inputs]) == pytest.approx(want, rel=1e-5)
+
+
+def test_decisions_per_prompt_read_no_answer_where_examples_are_scored(loras):
+    model = stir(mixture_of(loras, recipe={"granularity": "prompt"})).eval()
+    inputs = tiny_inputs(tiny_llama(), batch=2, length=8)
+    labels = inputs["input_ids"].clone()
+    labels[:, :4] = -100
+    with molora.record(model) as log:
+        row_losses(model, {**inputs, "labels": labels})
+    seen = {site: routing.gates for site, routing in log.items()}
+    with molora.record(model) as log, torch.no_grad():
+        model(**inputs, labels=labels)
+    assert all(torch.equal(routing.gates, seen[site]) for site, routing in log.items())
+    with molora.record(model) as log, torch.no_grad():
+        model(**inputs)
+    assert not all(torch.allclose(routing.gates, seen[site]) for site, routing in log.items())
+
+
+def test_a_model_without_logits_needs_a_loss_of_its_own(tmp_path):
+    def build():
+        return tiny_bert_classifier().bert
+
+    model = mixture_of([save_lora(tmp_path / "lora", 3, build, target_modules=["query"])], build)
+    inputs = tiny_inputs(tiny_bert_classifier())
+    with pytest.raises(ConfigError, match="gives no logits to compare with labels"):
+        mean_loss(model, [{**inputs, "labels": torch.tensor([0, 1])}])
+    before = float(model(**inputs).last_hidden_state[:, 0, 0].mean())
+    lorahub.build(model, loss=lambda m: float(m(**inputs).last_hidden_state[:, 0, 0].mean()), budget=15, penalty=0.0)
+    assert float(model(**inputs).last_hidden_state[:, 0, 0].mean()) < before
 
 
 def test_wrong_options_change_nothing(loras):

@@ -66,7 +66,7 @@ def test_training_is_that_of_a_plain_loop(tmp_path):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     told = []
     gates = train_gates(
         Toy(), tasks.folders[1], batches, steps=20, warmup=0.1, tell=lambda step, loss: told.append((step, loss))

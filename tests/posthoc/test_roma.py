@@ -162,8 +162,10 @@ def test_the_loss_is_the_cross_entropy_plus_the_weighted_pull(loras, checkpointi
         d = (embeddings[i] - embeddings).norm(dim=-1)
         d[i] = torch.inf
         nearest = d.topk(3, largest=False)
-        W = torch.softmax(-nearest.values**2 / 2, -1)
-        pull += sum(float(w * (targets[i] - targets[j]).square().sum()) for w, j in zip(W, nearest.indices, strict=True))
+        W = torch.softmax(-(nearest.values**2) / 2, -1)
+        pull += sum(
+            float(w * (targets[i] - targets[j]).square().sum()) for w, j in zip(W, nearest.indices, strict=True)
+        )
     assert pull > 0.1
     torch.testing.assert_close(loss.detach(), task + 0.9 * pull / 8, atol=1e-5, rtol=1e-5)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
@@ -219,4 +221,4 @@ def test_what_cannot_work_is_told(loras):
     from molora.posthoc import lorahub
 
     with pytest.raises(ConfigError, match="nothing to learn"):
-        roma.build(lorahub.build(mixture_of(loras), weights=[1, 1, 1]))
+        roma.build(lorahub.build(mixture_of(loras, build), weights=[1, 1, 1]))

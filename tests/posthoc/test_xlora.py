@@ -10,7 +10,7 @@ from molora.posthoc import xlora
 from molora.posthoc.rerouting import routers_of
 from tests.adapters import logits
 from tests.posthoc.mixtures import mixture_of, save_loras, trainable
-from tests.tiny import tiny_bert_classifier, tiny_inputs, tiny_llama, tiny_t5
+from tests.tiny import tiny_bert_classifier, tiny_gpt2, tiny_inputs, tiny_llama, tiny_mamba, tiny_qwen3_moe, tiny_t5
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +215,35 @@ def test_a_classifier_that_reads_both_ways(tmp_path):
         states = tiny_bert_classifier()(**inputs, output_hidden_states=True).hidden_states[-1]
         want = torch.softmax(routers_of(model)[0].scorer.maps[0](states), -1)
     torch.testing.assert_close(gates, want)
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [(tiny_gpt2, ["c_attn"]), (tiny_mamba, ["in_proj"]), (tiny_qwen3_moe, ["q_proj", "v_proj"])],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_other_architectures_give_their_last_states(tmp_path, build, targets):
+    model = xlora.build(mixture_of(save_loras(tmp_path, 2, build, target_modules=targets), build)).eval()
+    inputs = {"input_ids": tiny_inputs(build())["input_ids"]}
+    with torch.no_grad():
+        states = build()(**inputs, output_hidden_states=True).hidden_states[-1]
+        want = torch.softmax(routers_of(model)[0].scorer.maps[0](states), -1)
+    torch.testing.assert_close(gates_of(model, inputs), want)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    if build is tiny_mamba:  # a state-space cache, which no second one can follow
+        with pytest.raises(RoutingError, match="use_cache=False"):
+            model.generate(**inputs, **options)
+        model.generate(**inputs, **options, use_cache=False)
+    else:
+        fast, slow = (model.generate(**inputs, **options, use_cache=cache) for cache in (True, False))
+        assert torch.equal(fast, slow)
+
+
+def test_the_first_pass_makes_no_logits(loras):
+    model, seen = xlora_of(loras), []
+    model.get_base_model().lm_head.register_forward_hook(lambda *_: seen.append(1))
+    logits(model)
+    assert len(seen) == 1
 
 
 def test_a_quantised_base(loras):

@@ -242,7 +242,8 @@ def test_header_says_what_a_reader_needs(name):
     assert re.search(r"arXiv (\d{4}\.\d{4,5}|id not known)", header)
     for word in ("Paper ", "Command ", "Expected ", "Differs "):
         assert f"\n# {word}" in header
-    assert f"molora train recipes/{name}.yaml --model " in header and " --data " in header
+    trains = f"molora train recipes/{name}.yaml --model " in header and " --data " in header
+    assert trains or "molora.few_shot(" in header or "molora.import_peft(" in header
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -254,7 +255,7 @@ def test_train_keys_are_arguments_of_the_trainer(name, tmp_path):
     known = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     assert set(train) <= set(known)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **train)
-    assert isinstance(args.learning_rate, float) and 1e-5 < args.learning_rate < 1e-2
+    assert isinstance(args.learning_rate, float) and 1e-7 < args.learning_rate <= 0.1
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -10,8 +10,9 @@ import molora
 from molora.control import routed_layers, trace_of, tuner_of
 from molora.train.checkup import checkup
 from molora.train.doctor import doctor
+from molora.train.probe import make_batch
 from molora.train.scaling import ignores_token_count, takes_loss_arguments
-from tests.needs import stocked
+from tests.needs import routers, stocked, told
 from tests.tiny import (
     tiny_bert_classifier,
     tiny_gpt2,
@@ -56,7 +57,12 @@ def test_sound_models_of_all_kinds(build):
 def test_every_recipe_is_sound(recipe):
     # vectors that start equal teach a router only as far as its gates differ: give it gates that do
     changes = {"mola": {"experts": {"num": [2, 4]}}, "mov": {"scorer": {"init": 1.0}}}.get(recipe, {})
-    assert "fail" not in levels(doctor(stocked(molora.wrap(tiny_llama(), recipe, **changes))))
+    model = stocked(molora.wrap(tiny_llama(), recipe, **changes))
+    if recipe == "yuan_attention":  # on so few features its scores hardly differ at first, so B, at 1e-3, hides them
+        for parameter in (p for router in routers(model) for p in router.parameters()):
+            torch.nn.init.normal_(parameter)
+    with told(model, len(make_batch(model.get_base_model())["input_ids"])):
+        assert "fail" not in levels(doctor(model))
 
 
 def test_the_model_is_as_it_was():

@@ -1,0 +1,86 @@
+"""`molora compose` and `molora export`, as a user types them."""
+
+import json
+
+import pytest
+from peft import PeftModel
+
+import molora
+from molora.cli import main
+from molora.hub.compose import live
+from tests.adapters import logits
+from tests.test_interchange import peft_lora, peft_says
+from tests.tiny import save_tiny, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    root = tmp_path_factory.mktemp("commands")
+    save_tiny(tiny_llama(), None, root / "model")
+    for seed, name in enumerate(("news", "law")):
+        peft_lora(root / name, seed, r=2 + seed, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    return root
+
+
+def test_compose_then_export_gives_each_lora_back(here, capsys):
+    base, out = str(here / "model"), str(here / "mixed")
+    adapters = [str(here / "news"), f"the_law={here / 'law'}"]
+    options = ["--router", "arrow", "--option", "top_k=1", "--slots", "3", "--max-rank", "4", "--out", out, "--json"]
+    code = main(["compose", "--model", base, *adapters, *options])
+    facts = json.loads(capsys.readouterr().out)
+    assert code == 0 and facts == {
+        "out": out, "experts": ["news", "the_law"], "slots": 3, "router": "arrow", "layers": 4, "ranks": [4]
+    }  # fmt: skip
+    model = molora.load(tiny_llama(), out)
+    assert model.peft_config["default"].selector == {"name": "top_k", "k": 1, "normalise": "sum1"}
+    assert live(model).names == ["news", "the_law"] and live(model).free == 1
+    assert main(["export", out, "--expert", "the_law", "--out", str(here / "again")]) == 0
+    assert "expert the_law is in" in capsys.readouterr().out
+    assert (logits_of(here / "again") - peft_says(here / "law")).abs().max() < 1e-6
+
+
+def test_export_of_fixed_weights(here, capsys):
+    base, out = str(here / "model"), str(here / "two")
+    assert main(["compose", "--model", base, str(here / "news"), str(here / "law"), "--out", out]) == 0
+    said = capsys.readouterr().out
+    assert "2 experts in 4 layers: news, law" in said and "router: uniform; slots: 2, 0 free; ranks: 2, 3" in said
+    weights = ["--weight", "news=0.5", "--weight", "law=-1"]
+    assert main(["export", out, "--model", base, *weights, "--out", str(here / "blend")]) == 0
+    with live(loaded := molora.load(tiny_llama(), out)).using({"news": 0.5, "law": -1.0}):
+        want = logits(loaded)
+    assert (logits_of(here / "blend") - want).abs().max() < 1e-5
+
+
+def logits_of(folder):
+    return logits(PeftModel.from_pretrained(tiny_llama(), folder).eval())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["compose", "--model", "{base}", "{news}", "{news}", "--out", "x"], "two adapters are called 'news'"),
+        (["compose", "--model", "{base}", "{news}", "--router", "arow", "--out", "x"], "did you mean 'arrow'"),
+        (["compose", "--model", "{base}", "{news}", "--option", "k", "--out", "x"], "'k' is not KEY=VALUE"),
+        (["compose", "--model", "./nowhere", "{news}", "--out", "x"], "model folder './nowhere' does not exist"),
+        (["compose", "--model", "{base}", "--out", "x"], "molora compose --help"),
+        (["export", "{news}", "--out", "x"], "give either --expert NAME, or --weight"),
+        (["export", "{news}", "--weight", "a=b", "--out", "x"], "is not NAME=NUMBER"),
+        (
+            ["export", "{news}", "--expert", "a", "--model", "{base}", "--out", "x"],
+            "it is no molora adapter but a plain LoRA",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(here, arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"base": here / "model", "news": here / "news"}
+    assert main([text.format(**places) for text in arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["compose", "export"])
+def test_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert "example:" in capsys.readouterr().out
