@@ -29,6 +29,8 @@ from .tuner import MoloraModel, check_adapter_name
 from .undo import undone_on_error
 from .wrapping import accept_own_arguments
 
+FREE = "free:"  # what slots without an expert are called in `experts.names`, with their number (see hub/live.py)
+
 
 def save(model: nn.Module, path: str | Path, adapter: str = "default") -> Path:
     """Write one adapter to a folder; a kill at any moment leaves the old adapter whole, or the new one.
@@ -122,11 +124,19 @@ def load(
     assert config is not None
     try:
         with undone_on_error(model):
-            return _insert(model, contents, config, adapter_name, is_trainable, head)
+            peft_model = _insert(model, contents, config, adapter_name, is_trainable, head)
     except BaseException:
         if isinstance(model, PeftModel):
             model.base_model._forget(adapter_name)  # what is not part of any module
         raise
+    free = sum(name.startswith(FREE) for name in config.experts["names"] or ())
+    if free:
+        warnings.warn(
+            f"adapter '{path}' has {free} slots for experts to come, which its router would weigh as if they were "
+            "experts; molora.live(model) closes them",
+            stacklevel=2,
+        )
+    return peft_model
 
 
 def _base_for(model: nn.Module, adapter_name: str) -> nn.Module:

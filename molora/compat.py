@@ -89,6 +89,17 @@ def labels_are_shifted(model: nn.Module) -> bool:
     return shifts and not is_encoder_decoder(model)
 
 
+def loss_is_shifted(model: nn.Module) -> bool:
+    """Tell whether the model's own loss compares each position with the label after it.
+
+    Not the rule that Trainer counts by: a class whose name says nothing (GPT2LMHeadModel) gets the causal loss too.
+    """
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "ForCausalLM")
+    return loss is ForCausalLMLoss and generates(model) and not is_encoder_decoder(model)
+
+
 def generates(model: nn.Module) -> bool:
     """Tell whether a model continues a prompt, so that its labels tell the prompt from the answer."""
     return bool(hasattr(model, "can_generate") and model.can_generate())

@@ -80,10 +80,10 @@ class MoloraConfig(PeftConfig):
             form of experts/forms.py. `num` may be a list, stretched over the depth (MoLA). `rank` may be a list, one
             per expert. The delta is scaled by `scaling`, else alpha / rank (alpha / sqrt(rank) with `rslora`).
             `frozen` is a list of experts, or `all`. `names` says what each expert is, such as the LoRA it came from.
-            `null` experts take part in the choice and do nothing; `shared` experts come after the `num` routed ones and are
-            always on, with weight `shared_weight` (times a learned sigmoid with `shared_gate: sigmoid`). `num` may also
-            be a profile over the depth, `{profile, min, max, total}` (plan.over_depth). `pool` makes layers of equal
-            `shape` (or equal shape and `name`) share one bank, each with its own router.
+            `null` experts take part in the choice and do nothing; `shared` experts come after the `num` routed ones
+            and are always on, with weight `shared_weight` (times a learned sigmoid with `shared_gate: sigmoid`). `num`
+            may also be a profile over the depth, `{profile, min, max, total}` (plan.over_depth). `pool` makes layers
+            of equal `shape` (or equal shape and `name`) share one bank, each with its own router.
         scorer, link, selector, price, pool: component specs, a name or `{name, **options}`.
         feature: what scorers read, made from the hidden states: null, a component spec, or a list of them in order.
         weights: `own`, `shared` (routers of the same sizes have one scorer, each with its own input) or `frozen` (the

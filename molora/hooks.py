@@ -136,14 +136,14 @@ class ForwardHooks:
         self.trace.open(new)
         if new.continuing or any(plan.looks_ahead for plan in self.trace.plans.values()):
             plans = self._deciding(module)
-            named = self.arguments.named(args, kwargs)
-            if any(plan.looks_ahead for plan in plans):
+            named = self.arguments.named(args, kwargs) if any(plan.looks_ahead for plan in plans) else None
+            if named is not None:
                 check_cache(new.cache, named)
             if new.continuing and any(plan.by_prompt for plan in plans):
                 new.decisions = self.trace.resume(new.cache)
             if new.continuing and any(plan.remembers for plan in plans):
                 new.memory.past = self.trace.past(new.cache)
-            if any(plan.looks_ahead for plan in plans):
+            if named is not None:
                 run_first_pass(module, named, new)
         return args, kwargs
 

@@ -141,7 +141,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
             "config",
             "control",
         }
-        | {"checkpoint", "from_peft", "to_peft", "routing", "experts", "posthoc", "train", "reports"},
+        | {"checkpoint", "from_peft", "to_peft", "wrapping", "routing", "experts", "posthoc", "train", "reports"},
         {"torch", "peft", "transformers", "safetensors", "huggingface_hub", "fsspec", "filelock", "yaml"},
         "a library on disk and its commands; filelock, so that one process at a time changes it",
     ),
@@ -272,7 +272,12 @@ def test_nothing_is_unpickled_and_no_text_is_run():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 owner = node.func.value
                 is_torch = isinstance(owner, ast.Name) and owner.id == "torch"
-                assert not (is_torch and node.func.attr == "load"), f"{module}:{node.lineno} calls torch.load"
+                loads = is_torch and node.func.attr == "load"
+                # the one reader of others' checkpoints, which takes tensors and plain values alone
+                plain = module == "molora.hub.migrate.pickles" and "weights_only=True" in map(
+                    ast.unparse, node.keywords
+                )
+                assert not loads or plain, f"{module}:{node.lineno} calls torch.load"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("eval", "exec"), f"{module}:{node.lineno} calls {node.func.id}"
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from .. import compat
+from ..checkpoint import FREE
 from ..config import MoloraConfig, read_recipe, recipe_names
 from ..control import tuner_of
 from ..errors import ConfigError, LoadError, did_you_mean, raise_all
@@ -26,7 +27,8 @@ from ..posthoc.registry import posthoc_routers
 from ..registry import split_spec
 from ..undo import undone_on_error
 from .ingredients import Ingredient, contents_of, hold, label_of
-from .live import FREE, LiveMixture, Request, why_not_name
+from .live import LiveMixture, why_not_name
+from .requests import Request
 from .rows import why_not_close
 from .store import Hub
 

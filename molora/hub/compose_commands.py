@@ -86,6 +86,8 @@ def compose(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Run `molora export`; returns the exit code."""
+    import warnings
+
     from ..checkpoint import load
     from ..errors import ConfigError
     from ..to_peft import export_peft
@@ -106,7 +108,10 @@ def export(args: argparse.Namespace) -> int:
     named = (contents.config or {}).get("base_model_name_or_path")
     if not (args.model or named):
         raise ConfigError(f"adapter '{args.adapter}' does not say which base it is for; give --model")
-    model = load(base_model(args.model or named, contents.folder), contents.folder)
+    base = base_model(args.model or named, contents.folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # free slots do not matter here
+        model = load(base, contents.folder)
     if args.expert is not None:
         expert = int(args.expert) if args.expert.isdigit() else args.expert
         export_peft(model, args.out, expert=expert)

@@ -11,9 +11,11 @@ from typing import Any
 import huggingface_hub
 
 from ..errors import ConfigError, LoadError, raise_all
+from ..files import CONFIG
+from .address import Address, parse_address
 from .card import CARD, MAX_CARD, hash_file
 from .entry import Entry
-from .sources import BLOCK, FILES, Address, HubSource, RemoteFile, parse_address, storage
+from .sources import BLOCK, FILES, HubSource, RemoteFile, storage
 from .store import Hub
 from .transfer import Bar, Progress
 from .web import Unreachable, Web
@@ -46,8 +48,8 @@ def push(
     """Send an adapter of a library to a Hub repository or to a folder in storage, and check what is there then.
 
     Files that are there already are not sent again, so an interrupted push goes on with the same call. On a Hub all
-    files come with one commit. In storage the card comes last: without it, or with hashes that differ, nobody takes
-    the rest for an adapter.
+    files come with one commit. In storage the config comes after the weights and the card last: until then it is no
+    adapter, or one whose hashes differ.
 
     Args:
         hub: the library.
@@ -135,8 +137,10 @@ def _push_to_storage(
                     f"'{address.text}' holds another adapter, or another version; give another folder, or replace it "
                     "with replace=True (--replace)"
                 )
-            fs.rm_file(f"{root}/{CARD}")  # first: nobody shall take a mixture of two for an adapter
-        for name in sorted(files, key=lambda name: name == CARD):
+            for name in (CARD, CONFIG):  # first: nobody shall take a mixture of two for an adapter
+                if fs.exists(f"{root}/{name}"):
+                    fs.rm_file(f"{root}/{name}")
+        for name in sorted(files, key=lambda name: (name == CARD, name == CONFIG)):
             path, target = files[name], f"{root}/{name}"
             if _hash_there(fs, target, path.stat().st_size) == hash_file(path):
                 bar(path.stat().st_size)

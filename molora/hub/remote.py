@@ -20,17 +20,18 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, LoadError
+from .address import Address, parse_address
 from .card import read_card
 from .entry import Entry
 from .limits import Limits
 from .push import Pushed, push
-from .sources import Address, HubSource, Source, StorageSource, parse_address
+from .sources import HubSource, Source, StorageSource, adapter_folders, list_repository, list_storage
 from .store import Hub
 from .transfer import Bar, cached, download, place_of
 from .verify import check_folder
 from .web import Unreachable, Web
 
-__all__ = ["Pulled", "Pushed", "open_source", "pull", "push"]
+__all__ = ["Pulled", "Pushed", "adapters_at", "open_source", "pull", "push"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,33 @@ def pull(
             raise LoadError(f"'{where}' has digest {have}, {digest} was asked for")
     entry = hub.add(folder, name or wanted.name, alias=alias, base_model=base, limits=limits)
     return Pulled(entry, where, commit, offline)
+
+
+def adapters_at(
+    address: str, *, web: Web | None = None, revision: str | None = None, options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return the addresses of all adapters of a library elsewhere, of each the newest version, pinned to its commit.
+
+    A library that was pushed or copied as it is on disk, `<name>/<version>/`, comes back with
+    `for one in adapters_at("s3://bucket/library"): pull(one, hub)`.
+
+    Args:
+        address: of a repository or folder that holds adapters; see address.py.
+        web: the client of the Hub.
+        revision: branch, tag or commit of a Hub repository.
+        options: of the fsspec file system.
+
+    Raises:
+        LoadError: it cannot be read.
+        ConfigError: the address cannot be used.
+    """
+    web = web or Web()
+    place = parse_address(address, web.endpoint)
+    if place.repo is None:
+        found = adapter_folders("", list_storage(place.text, options)[1])
+        return [f"{place.text}/{folder}".rstrip("/") for folder in found]
+    commit, every = list_repository(web, place, revision)
+    return [f"hf://{place.repo}@{commit}/{folder}".rstrip("/") for folder in adapter_folders(place.folder, every)]
 
 
 def open_source(

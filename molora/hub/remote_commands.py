@@ -27,6 +27,7 @@ example:
 def add_pull(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `molora hub pull`, but for --root and --json."""
     command.add_argument("address", metavar="ADDRESS", help="owner/name[@revision], hf://owner/name/folder, s3://...")
+    command.add_argument("--all", action="store_true", help="every adapter of the library at ADDRESS, newest versions")
     command.add_argument("--name", help="what to call it (default: the last part of the address)")
     command.add_argument("--revision", help="branch, tag or commit of a repository (default: main)")
     command.add_argument("--digest", metavar="SHA256", help="refuse any other content (see molora hub get --json)")
@@ -57,37 +58,54 @@ def pull(args: argparse.Namespace, hub: Any) -> int:
     """Run `molora hub pull` on a library; returns the exit code."""
     from dataclasses import replace
 
+    from ..errors import ConfigError
     from .limits import Limits
-    from .remote import pull as run
+    from .remote import adapters_at
+    from .web import Web
 
     limits = Limits()
     if args.max_bytes is not None:
         limits = replace(limits, weights=args.max_bytes)
     if args.max_rank is not None:
         limits = replace(limits, rank=args.max_rank)
+    web = Web(args.endpoint, hosts=args.allow_host)
+    if args.all and (args.name or args.alias or args.digest):
+        raise ConfigError("--name, --alias and --digest are for one adapter; leave out --all, or them")
+    every = adapters_at(args.address, web=web, revision=args.revision) if args.all else [args.address]
+    results = []
+    for address in every:
+        results.append(_pull(args, hub, address, limits, web))
+    if args.json:
+        print(json.dumps(results if args.all else results[0], indent=1))
+    elif not results:
+        print(f"there is no adapter at {args.address}")
+    return 0
+
+
+def _pull(args: argparse.Namespace, hub: Any, address: str, limits: Any, web: Any) -> dict[str, Any]:
+    """Pull one adapter; returns the facts, and prints them for people."""
+    from .remote import pull as run
+
     result = run(
-        args.address,
+        address,
         hub,
         name=args.name,
-        revision=args.revision,
+        revision=None if args.all else args.revision,
         alias=args.alias,
         limits=limits,
-        endpoint=args.endpoint,
-        hosts=args.allow_host,
         cache_dir=args.cache,
         digest=args.digest,
         progress=False if args.quiet else None,
+        web=web,
     )
     entry = result.entry
     facts = {"ref": str(entry.ref), "folder": str(entry.folder), "from": result.where, "digest": entry.digest}
-    facts |= {"revision": result.revision, "offline": result.offline}
-    if getattr(args, "json", False):
-        print(json.dumps(facts, indent=1))
-        return 0
-    print(f"{entry.ref} is in {hub.root}, from {result.where}" + (" (offline, from the cache)" * result.offline))
-    pin = f"--revision {result.revision}" if result.revision else f"--digest {entry.digest}"
-    print(f"the same again: molora hub pull {args.address.partition('@')[0]} {pin}")
-    return 0
+    if not args.json:
+        print(f"{entry.ref} is in {hub.root}, from {result.where}" + (" (offline, from the cache)" * result.offline))
+        pin = f"--revision {result.revision}" if result.revision else f"--digest {entry.digest}"
+        if not args.all:
+            print(f"the same again: molora hub pull {args.address.partition('@')[0]} {pin}")
+    return {**facts, "revision": result.revision, "offline": result.offline}
 
 
 def push(args: argparse.Namespace, hub: Any) -> int:
@@ -105,7 +123,7 @@ def push(args: argparse.Namespace, hub: Any) -> int:
         progress=False if args.quiet else None,
     )
     facts = {"ref": str(result.entry.ref), "to": result.where, "revision": result.revision, "sent": list(result.sent)}
-    if getattr(args, "json", False):
+    if args.json:
         print(json.dumps(facts, indent=1))
         return 0
     sent = ", ".join(Path(name).name for name in result.sent) or "nothing new"

@@ -1,8 +1,6 @@
 """Sources: where adapters come from. A source lists the files of one adapter and gives their bytes from any place on.
 
-    owner/name, owner/name@revision, hf://owner/name@revision/folder      repositories of a Hugging Face Hub
-    https://huggingface.co/owner/name/tree/revision/folder                the same, as in a browser
-    s3://bucket/folder, gs://..., az://..., file:///..., memory://...     storage, through fsspec
+They are a repository of a Hugging Face Hub, or a folder in S3-like storage through fsspec; see address.py.
 
 A Hub repository is pinned to a commit as soon as it is opened, and storage to the hashes in its card.
 """
@@ -13,24 +11,22 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 import fsspec
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import ConfigError, LoadError
 from ..files import CARD as README
 from ..files import CONFIG, GATES, PICKLES, WEIGHTS
 from ..headers import shown
+from .address import Address
 from .card import CARD, MAX_CARD, AdapterCard
 from .names import is_version
 from .web import Broken, Web
 
 FILES = (CONFIG, WEIGHTS, CARD, README, GATES, "LICENSE", "NOTICE")  # all that is ever transferred
-STORAGE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "file", "memory")
 BLOCK = 1 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,64 +64,17 @@ class Source(Protocol):
         """Yield the bytes of a file from `start` on, or an empty block first and then all when it cannot skip."""
 
 
-@dataclass(frozen=True)
-class Address:
-    """A parsed address: a repository with revision and folder, or the URL of a folder in storage."""
-
-    text: str
-    repo: str | None = None
-    revision: str | None = None
-    folder: str = ""
-
-    @property
-    def name(self) -> str:
-        """Its last part that is no version number, which is what the adapter is called by default."""
-        parts = [part for part in (self.folder or self.repo or self.text).split("/") if part and not is_version(part)]
-        return parts[-1] if parts else ""
-
-
-def parse_address(text: str, endpoint: str) -> Address:
-    """Read the address of an adapter.
-
-    Args:
-        text: as in the head of this module.
-        endpoint: of the Hub, whose pages are addresses, too.
-
-    Raises:
-        ConfigError: it is no such address.
-    """
-    scheme, colon, rest = text.partition("://")
-    if not colon:
-        return _repository(text, text)
-    if scheme == "hf":
-        return _repository(text, rest)
-    if scheme in ("http", "https"):
-        for site in (endpoint, "https://huggingface.co", "https://hf.co"):
-            if text.startswith(f"{site}/"):
-                repo, _, tail = unquote(urlsplit(text).path[len(urlsplit(site).path) + 1 :]).partition("/tree/")
-                revision, _, folder = tail.partition("/")
-                return _repository(text, repo.strip("/") + (f"@{revision}" if revision else "") + f"/{folder}")
-        raise ConfigError(f"'{text}' is no page of the Hub at {endpoint}; give its endpoint, or storage such as s3://")
-    if scheme not in STORAGE or "::" in text:
-        raise ConfigError(f"addresses of type '{scheme}' are not read; known: hf, https, {', '.join(STORAGE)}")
-    if ".." in rest.split("/"):
-        raise ConfigError(f"'{text}' holds '..'; write the folder itself")
-    return Address(text.rstrip("/"))
-
-
-def _repository(text: str, rest: str) -> Address:
-    found = re.fullmatch(r"([^/@]+(?:/[^/@]+)?)(?:@([^/]+))?(?:/(.*))?", rest.strip("/"))
-    repo, revision, folder = found.groups() if found else (rest, None, "")
-    folder = (folder or "").strip("/")
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise ConfigError(f"'{text}' is no address of an adapter: write owner/name, or s3://bucket/folder") from None
-    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise ConfigError(f"revision {revision!r} is no branch, tag or commit")
-    if any(part in ("", ".", "..") for part in folder.split("/")) and folder:
-        raise ConfigError(f"'{text}' names the folder '{folder}', which is none")
-    return Address(text, repo, revision, folder)
+def list_repository(web: Web, address: Address, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the commit of a Hub repository and what the Hub tells about its files by path; raise LoadError."""
+    wanted = revision or address.revision or "main"
+    url = f"{web.endpoint}/api/models/{address.repo}/revision/{quote(wanted, safe='')}?blobs=true"
+    info = web.json(url)
+    commit, siblings = (info.get("sha"), info.get("siblings")) if isinstance(info, dict) else (None, None)
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not isinstance(siblings, list):
+        raise LoadError(f"{web.endpoint} does not answer as a Hub does about '{address.repo}'")
+    if _COMMIT.fullmatch(wanted) and wanted != commit:
+        raise LoadError(f"'{address.repo}' was asked for at commit {wanted}, the Hub answers with {commit}")
+    return commit, {str(file.get("rfilename")): file for file in siblings if isinstance(file, dict)}
 
 
 class HubSource:
@@ -141,20 +90,12 @@ class HubSource:
     """
 
     def __init__(self, web: Web, address: Address, revision: str | None = None) -> None:
-        wanted = revision or address.revision or "main"
-        url = f"{web.endpoint}/api/models/{address.repo}/revision/{quote(wanted, safe='')}?blobs=true"
-        info = web.json(url)
-        commit, siblings = (info.get("sha"), info.get("siblings")) if isinstance(info, dict) else (None, None)
-        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not isinstance(siblings, list):
-            raise LoadError(f"{web.endpoint} does not answer as a Hub does about '{address.repo}'")
-        if _COMMIT.fullmatch(wanted) and wanted != commit:
-            raise LoadError(f"'{address.repo}' was asked for at commit {wanted}, the Hub answers with {commit}")
-        self.web, self.repo, self.revision = web, str(address.repo), commit
-        every = {str(file.get("rfilename")): file for file in siblings if isinstance(file, dict)}
+        self.revision, every = list_repository(web, address, revision)
+        self.web, self.repo = web, str(address.repo)
         self.folder = _adapter_folder(address.folder, every, address.text)
         prefix = f"{self.folder}/" if self.folder else ""
         self.files = {name: _promise(name, every[prefix + name], self.repo) for name in FILES if prefix + name in every}
-        self.where = f"hf://{self.repo}@{commit}{'/' * bool(self.folder)}{self.folder}"
+        self.where = f"hf://{self.repo}@{self.revision}{'/' * bool(self.folder)}{self.folder}"
 
     def read(self, name: str, start: int) -> Iterator[bytes]:
         """Yield the bytes of a file from `start` on, or an empty block first and then all of them.
@@ -209,13 +150,7 @@ class StorageSource:
     """
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
-        self.fs, root = storage(url, options)
-        try:
-            found = self.fs.find(root, maxdepth=3, detail=True)
-        except Exception as error:  # each file system has its own
-            raise LoadError(f"'{url}' cannot be read: {shown(error)}") from error
-        base = self.fs._strip_protocol(root).strip("/")
-        every = {path.strip("/").removeprefix(base).strip("/"): info for path, info in found.items()}
+        self.fs, every = list_storage(url, options)
         folder = _adapter_folder("", every, url)
         self.where, self.revision = f"{url}/{folder}".rstrip("/"), ""
         prefix, self._paths, self.files = f"{folder}/" if folder else "", {}, {}
@@ -250,6 +185,17 @@ class StorageSource:
             raise Broken(f"{name} cannot be read from {self.where}: {shown(error)}") from error
 
 
+def list_storage(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return the file system of a URL and what it tells about the files there by path; raise LoadError."""
+    fs, root = storage(url, options)
+    try:
+        found = fs.find(root, maxdepth=3, detail=True)
+    except Exception as error:  # each file system has its own
+        raise LoadError(f"'{url}' cannot be read: {shown(error)}") from error
+    base = fs._strip_protocol(root).strip("/")
+    return fs, {path.strip("/").removeprefix(base).strip("/"): info for path, info in found.items()}
+
+
 def storage(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
     """Return the file system of a URL and the path in it; raise ConfigError when it cannot be used."""
     try:
@@ -259,6 +205,19 @@ def storage(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, st
     except (ValueError, TypeError) as error:
         raise ConfigError(f"'{url}' cannot be opened: {error}") from None
     return fs, str(root)
+
+
+def adapter_folders(folder: str, every: Mapping[str, Any]) -> list[str]:
+    """Return the folders of the adapters in a folder, of the versions of one adapter the newest."""
+    prefix = f"{folder}/" if folder else ""
+    homes = [path.removesuffix(CONFIG).rstrip("/") for path in every if path.endswith(f"/{CONFIG}") or path == CONFIG]
+    newest: dict[str, str] = {}
+    for home in sorted(home for home in homes if f"{home}/".startswith(prefix)):
+        above, _, last = home.rpartition("/")
+        name = above if is_version(last) else home
+        if name not in newest or (is_version(last) and int(last) > int(newest[name].rpartition("/")[2])):
+            newest[name] = home
+    return list(newest.values())
 
 
 def _adapter_folder(folder: str, every: Mapping[str, Any], where: str) -> str:

@@ -22,7 +22,7 @@ from .gates import Gates
 from .phatgoose import fill_gates, gates_by_slot
 from .prompts import Embedder, cosines, embedded
 from .registry import posthoc_routers
-from .rerouting import expert_names
+from .rerouting import expert_names, routers_of
 
 Writer = Callable[[str], str]
 
@@ -49,7 +49,7 @@ def build(
         model: a wrapped model.
         adapter: the name of the mixture.
         gates: as for `phatgoose`.
-        descriptions: what each expert is for, one text each; saved with the adapter.
+        descriptions: what each expert that has gates is for, one text each; saved with the adapter.
         gamma: weight of the cosines. The authors use 3 for held-out tasks and 100 for tasks that experts were trained
             on, and tune it per evaluation.
         sure, threshold: a rule instead of tuning: the weight is `sure` for a request whose largest cosine reaches
@@ -70,7 +70,9 @@ def build(
     else:
         texts = dict(enumerate(descriptions))
     found = gates_by_slot(model, gates, adapter)
-    problems = [f"expert '{name}' has no description" for slot, name in enumerate(names) if not texts.get(slot)]
+    problems = [
+        f"expert '{name}' has no description" for slot, name in enumerate(names) if found[slot] and not texts.get(slot)
+    ]
     problems += [f"there is no expert {slot} for '{text}'" for slot, text in texts.items() if slot >= len(names)]
     raise_all(problems, ConfigError, "every expert needs one description")
     selector: dict[str, Any] = {"name": "top_k", "k": min(top_k, len(names)), "normalise": "sum1"}
@@ -79,7 +81,7 @@ def build(
     scorer: dict[str, Any] = {"name": "glider", "gamma": float(gamma)}
     if sure is not None or threshold is not None:
         scorer |= {"sure": sure, "threshold": threshold}
-    scorer["descriptions"] = [texts[slot] for slot in range(len(names))]
+    scorer["descriptions"] = [texts.get(slot, "") for slot in range(len(names))]
     if embedder is not None:
         scorer["embedder"] = embedder
     install(model, adapter, scorer=scorer, selector=selector)
@@ -113,6 +115,11 @@ class Describer:
                 f"the descriptions belong to embedder '{wanted}', but this one is called {mine!r}; vectors of "
                 "different embedders do not compare"
             )
+        bare = {slot for slot, text in enumerate(options["descriptions"]) if not text}
+        acting = {slot for router in routers_of(model, adapter) for slot in bare if router.scorer.present[slot]}
+        if acting:  # written into a slot that was free
+            new = ", ".join(f"'{expert_names(model, adapter)[slot]}'" for slot in sorted(acting))
+            raise ConfigError(f"expert {new} has no description; call molora.posthoc.glider.build again with one")
         self.embed, self.write = embed, write
         self._experts = embedded(embed, options["descriptions"])
 

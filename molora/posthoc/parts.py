@@ -3,6 +3,7 @@
 from . import (
     arrow,
     average,
+    blocks,
     fusion,
     glider,
     kshot,
@@ -19,6 +20,7 @@ from . import (
 __all__ = [
     "arrow",
     "average",
+    "blocks",
     "fusion",
     "glider",
     "kshot",

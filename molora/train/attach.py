@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..compat import labels_are_shifted, world_size_of
+from ..compat import labels_are_shifted, loss_is_shifted, world_size_of
 from ..control import set_progress, settle, trace_of
 from .objectives import objective_of, run
 
@@ -70,7 +70,7 @@ def attach(trainer: Any) -> Any:
             else:
                 # a copy each time, since Trainer takes labels out
                 once = functools.partial(inner, model, return_outputs=True, **kwargs)
-                result = run(trace, objective, lambda: once(dict(inputs)), labels, shifted, share)
+                result = run(trace, objective, lambda: once(dict(inputs)), labels, loss_is_shifted(base), share)
                 result = result if return_outputs else result[0]
         loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
         if model.training and trace.aux.pending:

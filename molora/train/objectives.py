@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compat import labels_are_shifted
+from ..compat import labels_are_shifted, loss_is_shifted
 from ..control import trace_of, tuner_of
 from ..errors import AuxLossError, ConfigError, RoutingError
 from ..routing.objectives import Outcome
@@ -61,11 +61,11 @@ def objective_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     labels, total = inputs.get("labels"), inputs.get("num_items_in_batch")
     share: Tensor | float = 1.0
     if total is not None and isinstance(labels, Tensor):
-        counted = labels[..., 1:] if labels_are_shifted(base) else labels
+        counted = labels[..., 1:] if labels_are_shifted(base) else labels  # as Trainer counts
         share = (counted != -100).sum() / total
     trace = trace_of(model)
     with trace.gathering(hold=True):
-        loss, _ = run(trace, objective, forward, labels, labels_are_shifted(base), share)
+        loss, _ = run(trace, objective, forward, labels, loss_is_shifted(base), share)
     return trace.aux.add_to(loss, share)
 
 

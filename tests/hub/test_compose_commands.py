@@ -31,7 +31,8 @@ def test_compose_then_export_gives_each_lora_back(here, capsys):
     assert code == 0 and facts == {
         "out": out, "experts": ["news", "the_law"], "slots": 3, "router": "arrow", "layers": 4, "ranks": [4]
     }  # fmt: skip
-    model = molora.load(tiny_llama(), out)
+    with pytest.warns(UserWarning, match="1 slots"):
+        model = molora.load(tiny_llama(), out)
     assert model.peft_config["default"].selector == {"name": "top_k", "k": 1, "normalise": "sum1"}
     assert live(model).names == ["news", "the_law"] and live(model).free == 1
     assert main(["export", out, "--expert", "the_law", "--out", str(here / "again")]) == 0

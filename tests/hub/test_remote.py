@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sys
 import time
-from argparse import ArgumentParser
 from email.utils import formatdate
 from pathlib import Path
 
@@ -13,11 +11,11 @@ import huggingface_hub
 import pytest
 
 from molora import ConfigError, LoadError
-from molora.hub import remote_commands
+from molora.cli import main
+from molora.hub.address import parse_address
 from molora.hub.card import read_card
 from molora.hub.limits import Limits
-from molora.hub.remote import pull, push
-from molora.hub.sources import parse_address
+from molora.hub.remote import adapters_at, pull, push
 from molora.hub.store import Hub
 from molora.hub.web import Web
 from tests.adapters import CONFIG, WEIGHTS, change_config
@@ -420,6 +418,28 @@ def test_storage_there_and_back(bucket, hub, get, lora):
     assert read_card(get(f"{bucket}/lib/news", name="swapped").entry.folder) == other.card
 
 
+def test_an_interrupted_push_to_storage_is_no_adapter(bucket, hub, get, lora, tmp_path, monkeypatch):
+    """Neither a first push nor one that replaces another adapter leaves a mixture that anybody would take."""
+    hub.add(lora, "old")
+    hub.add(peft_lora(tmp_path / "new", 2, r=16, target_modules="all-linear"), "new")
+    for name, options in (("old", {}), ("new", {"replace": True})):
+        fs = fsspec.filesystem(bucket.partition(":")[0])
+        real = type(fs).open
+
+        def broken(self, path, mode="rb", *args, **kwargs):
+            if mode == "wb" and path.endswith(WEIGHTS):
+                raise OSError("no more")
+            return real(self, path, mode, *args, **kwargs)  # noqa: B023
+
+        monkeypatch.setattr(type(fs), "open", broken)
+        with pytest.raises(LoadError, match=r"was not sent to .*no more"):
+            push(hub, name, f"{bucket}/x", **options)
+        monkeypatch.undo()
+        refused(lambda: get(f"{bucket}/x", name="taken"), hub, "holds no adapter: there is no adapter_config.json")
+        push(hub, name, f"{bucket}/x")  # goes on, and needs no second permission to replace
+        assert get(f"{bucket}/x", name=f"{name}-back").entry.digest == hub.get(name).digest
+
+
 def test_storage_that_changes_or_breaks_is_refused(bucket, hub, get, lora, monkeypatch):
     hub.add(lora, "news")
     push(hub, "news", f"{bucket}/news")
@@ -480,26 +500,48 @@ def test_addresses():
 # --- commands, and kills ----------------------------------------------------------------------------------------------
 
 
-def test_commands(server, hub, lora, tmp_path, capsys, monkeypatch):
-    def run(add, do, *words):
-        parser = ArgumentParser()
-        add(parser)
-        parser.add_argument("--json", action="store_true")
-        assert do(parser.parse_args([*words, "--endpoint", server.url]), hub) == 0
-        return capsys.readouterr().out
+def test_commands(server, tmp_path, capsys, monkeypatch):
+    """The real command line, from arguments to output and exit codes."""
 
-    cache = ["--cache", str(tmp_path / "cache"), "--allow-host", server.cdn.removeprefix("http://")]
-    out = run(remote_commands.add_pull, remote_commands.pull, "me/news", "--quiet", *cache)
-    assert f"news@1 is in {hub.root}" in out and f"molora hub pull me/news --revision {server.head}" in out
-    facts = json.loads(
-        run(remote_commands.add_pull, remote_commands.pull, "me/news", "--name", "two", "--json", *cache)
-    )
+    def run(*words, code=0):
+        got = main(["hub", *words])
+        out, err = capsys.readouterr()
+        assert got == code, err
+        return out if code == 0 else err
+
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    root, at = tmp_path / "library", ["--root", str(tmp_path / "library"), "--endpoint", server.url]
+    here = [*at, "--cache", str(tmp_path / "cache"), "--allow-host", server.cdn.removeprefix("http://")]
+    out = run("pull", "me/news", "--quiet", *here)
+    assert f"news@1 is in {root}" in out and f"molora hub pull me/news --revision {server.head}" in out
+    facts = json.loads(run("pull", "me/news", "--name", "two", "--json", *here))
     assert facts["ref"] == "two@1" and facts["revision"] == server.head
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    out = run(remote_commands.add_push, remote_commands.push, "news", f"file://{tmp_path}/out")
-    assert "sent: README.md, adapter_config.json, adapter_model.safetensors, card.yaml" in out
-    with pytest.raises(LoadError, match="100 are allowed"):
-        run(remote_commands.add_pull, remote_commands.pull, "me/news", "--max-bytes", "100", *cache)
+    out = run("push", "news", f"file://{tmp_path}/out/news", *at)
+    assert "sent: README.md, adapter_model.safetensors, adapter_config.json, card.yaml" in out
+    assert "100 are allowed" in run("pull", "me/news", "--max-bytes", "100", *here, code=2)
+    assert "its rank is 16, 8 is allowed" in run("pull", "me/news", "--max-rank", "8", *here, code=2)
+    run("push", "two", f"file://{tmp_path}/out/two/7", *at)
+    got = json.loads(run("pull", f"file://{tmp_path}/out", "--all", "--json", *here))
+    assert [(one["ref"], one["from"].rpartition("/out/")[2]) for one in got] == [("news@1", "news"), ("two@1", "two/7")]
+    assert "--name, --alias and --digest are for one" in run("pull", "me/news", "--all", "--name", "x", *here, code=2)
+
+
+def test_adapters_of_a_library_elsewhere(server, web, bucket, hub, get, lora):
+    for prefix in ("lib/news/1/", "lib/news/10/", "lib/news/9/", "lib/tax/1/", "plain/"):
+        commit = server.commit("me/many", {prefix + p.name: p.read_bytes() for p in lora.iterdir()})
+    base = f"hf://me/many@{commit}"
+    expected = [f"{base}/lib/news/10", f"{base}/lib/tax/1", f"{base}/plain"]
+    assert adapters_at("me/many", web=web) == expected and adapters_at("hf://me/many/lib", web=web) == expected[:2]
+    assert adapters_at("me/news", web=web) == [f"hf://me/news@{server.head}"]
+    assert [get(one).entry.name for one in expected] == ["news", "tax", "plain"]
+    for entry in hub.list():
+        push(hub, str(entry.ref), f"{bucket}/lib/{entry.name}/{entry.version}")
+    there = adapters_at(f"{bucket}/lib")
+    assert there == [f"{bucket}/lib/{name}/1" for name in ("news", "plain", "tax")]
+    other = Hub(hub.root.parent / "other")
+    for one in there:
+        pull(one, other, cache_dir=hub.root.parent / "cache")
+    assert [(e.ref, e.digest, e.card) for e in other.list()] == [(e.ref, e.digest, e.card) for e in hub.list()]
 
 
 def test_progress_counts_every_byte_once(server, hub, web, lora, tmp_path, monkeypatch):

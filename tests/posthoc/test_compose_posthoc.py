@@ -83,6 +83,21 @@ def test_a_live_mixture_of_gates_lets_a_new_expert_begin_like_another(folders):
     assert not torch.allclose(logits(model), before, atol=1e-3)
 
 
+def test_an_expert_that_joins_glider_needs_a_description(folders):
+    gates = random_gates(folders)
+    options = {"gates": [*gates[:2], None], "descriptions": TEXTS[:2]}
+    model = molora.compose(tiny_llama(), folders[:2], router={"name": "glider", **options}, slots=3)
+    with describing(model, ["film", "law"], Words()) as cosines:
+        assert cosines.tolist() == [[1, 0, 0], [0, 1, 0]]
+        before = logits(model)
+    molora.live(model).add("lora2", folders[2], like="lora1")
+    with pytest.raises(ConfigError, match="expert 'lora2' has no description"), describing(model, ["film"], Words()):
+        pass
+    route(model, "glider", gates=gates, descriptions=TEXTS)
+    with describing(model, ["film", "poem"], Words()):
+        assert not torch.allclose(logits(model)[1], before[1], atol=1e-3)
+
+
 def test_gates_of_an_expert_in_a_mixture_route_that_mixture(folders):
     model = molora.compose(tiny_llama(), folders, router="uniform").eval()
     data = [{**batch(), "labels": batch()["input_ids"]}]

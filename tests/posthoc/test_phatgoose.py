@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 import molora
-from molora.control import routed_layers
+from molora.control import routed_layers, tuner_of
 from molora.errors import ConfigError, LoadError
 from molora.posthoc.gates import GATES, load_gates, save_gates
 from molora.posthoc.phatgoose import alone, build, train_gates
@@ -98,6 +98,8 @@ def test_an_expert_of_a_mixture_gets_the_gates_of_its_lora(tmp_path):
     before, batches = anatomy(model), [batch_of(seed=s) for s in range(2)]
     told = train_gates(model, "lora1", batches, steps=4)
     assert anatomy(model) == before and list(model.peft_config) == ["default"] and model.active_adapter == "default"
+    tuner = tuner_of(model)
+    assert list(tuner.reports) == list(tuner.trace.plans) == ["default"]
     expected = train_gates(tiny_llama(), folders[1], batches, steps=4)
     torch.testing.assert_close(told, expected, atol=1e-6, rtol=1e-5)
 

@@ -77,6 +77,16 @@ def test_forbidden_experts_never_act(link, selector):
             torch.testing.assert_close(routing.gates.sum(-1), torch.ones(2, 7))
 
 
+def test_a_forbidden_expert_takes_no_place_whatever_its_price():
+    """A negative price alone would let it be selected, with a gate of 0, in place of one that may act."""
+    model = routed(selector={"name": "top_k", "k": 1}, price="sign")
+    for layer in routed_layers(model).values():
+        layer.molora_router["default"].price.value[2] = -10.0
+    assert all(routing.gates[..., 2].gt(0).all() for routing in gates(model).values())
+    for routing in gates(model, Forbid([2])).values():
+        assert routing.gates[..., 2].eq(0).all() and routing.gates.sum(-1).gt(0).all()
+
+
 def test_a_pinned_expert_has_its_gate_everywhere():
     routing = first(gates(routed(selector={"name": "top_k", "k": 1}), Pin([3], gate=0.25)))
     assert routing.gates[..., 3].eq(0.25).all() and (routing.gates[..., :3] > 0).any()

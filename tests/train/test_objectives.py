@@ -10,7 +10,7 @@ import molora
 from molora.control import trace_of
 from molora.errors import AuxLossError, ConfigError
 from molora.train.objectives import objective_of
-from tests.tiny import tiny_bert_classifier, tiny_inputs, tiny_llama, tiny_t5
+from tests.tiny import tiny_bert_classifier, tiny_gpt2, tiny_inputs, tiny_llama, tiny_t5
 
 RLOO = {"selector": {"name": "sample", "k": 2}, "objective": {"name": "rloo", "draws": 3}}
 EXPERTS = {"num": 4, "rank": 2, "scaling": 1.0}
@@ -118,9 +118,9 @@ def test_two_forwards_under_reentrant_checkpointing_keep_their_decisions_apart()
     assert_same(*(grads for _, grads in runs))
 
 
-@pytest.mark.parametrize("base", [tiny_llama, tiny_t5, tiny_bert_classifier])
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2, tiny_t5, tiny_bert_classifier])
 def test_rows_add_up_to_the_loss(base):
-    targets = {tiny_llama: ["q_proj"], tiny_t5: ["q", "wi"], tiny_bert_classifier: ["query"]}[base]
+    targets = {tiny_gpt2: ["c_attn"], tiny_t5: ["q", "wi"], tiny_bert_classifier: ["query"]}.get(base, ["q_proj"])
     model = model_for(base, target_modules=targets)
     inputs = batch(model)
     if base is tiny_bert_classifier:
