@@ -51,5 +51,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo_out build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo_out mix_out build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

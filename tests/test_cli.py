@@ -27,10 +27,11 @@ FLAGS = {
     "doctor": f"recipe {BASE} --adapter --data --grad-accum --gradient-checkpointing --json --max-length --model --set "
     "--task-type",
     "hub": "--debug",  # its commands: tests/hub/test_hub_cli.py
+    **dict.fromkeys(("compose", "export"), "--debug"),  # the others: tests/hub/test_compose_commands.py
 }
 REQUIRED = {"train": {"recipe", "model", "data"}, "eval": {"adapter", "data"}, "inspect": {"adapter"}, "recipes": set()}
 REQUIRED["doctor"] = {"recipe", "model"}
-REQUIRED["hub"] = set()
+REQUIRED["hub"] = REQUIRED["compose"] = REQUIRED["export"] = set()
 
 
 def parsers():

@@ -1,5 +1,6 @@
 """`molora compose` and `molora export`, as a user types them."""
 
+import argparse
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from peft import PeftModel
 import molora
 from molora.cli import main
 from molora.hub.compose import live
+from molora.hub.compose_commands import add_compose, add_export
 from tests.adapters import logits
 from tests.test_interchange import peft_lora, peft_says
 from tests.tiny import save_tiny, tiny_llama
@@ -85,3 +87,15 @@ def test_mistakes_are_one_line_and_exit_2(here, arguments, says, capsys, tmp_pat
 def test_help(command, capsys):
     assert main([command, "--help"]) == 0
     assert "example:" in capsys.readouterr().out
+
+
+def test_the_flags_are_frozen():
+    shared = {"--help", "-h", "--out", "--hub", "--json"}
+    flags = {
+        add_compose: {"adapters", "--model", "--router", "--option", "--slots", "--max-rank", "--target"},
+        add_export: {"adapter", "--model", "--expert", "--weight"},
+    }
+    for add, own in flags.items():
+        parser = argparse.ArgumentParser()
+        add(parser)
+        assert {s for a in parser._actions for s in (a.option_strings or [a.dest])} == own | shared

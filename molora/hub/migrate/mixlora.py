@@ -133,8 +133,11 @@ def _filled(
             continue
         bank, pairs = layers[path].molora_bank[adapter], found.pairs.get(key, {})
         scale = _scale(own if key[0] == "mlp" else shared)
-        for slot in range(bank.num_experts):  # a layer of the MLP that it did not train adds nothing
-            bank.write(slot, pairs[slot]["A"], pairs[slot]["B"], scale) if pairs else bank.clear(slot)
+        for (
+            slot,
+            pair,
+        ) in pairs.items():  # a layer of the MLP that it did not train keeps fresh experts, which add nothing
+            bank.write(slot, pair["A"], pair["B"], scale)
     routers = dict(zip(sites_of(peft_model, adapter), routers_of(peft_model, adapter), strict=True))
     wrong = [
         f"block {number[path]} needs {tuple(router.scorer.weight.shape)}, the file holds {tuple(gate.shape)}"
