@@ -31,7 +31,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-# About 16 minutes; writes tables and pictures to benchmarks/results. BENCH_ARGS="--only decode --minutes 3" for a part.
+# About 20 minutes; writes tables and pictures to benchmarks/results. BENCH_ARGS="--only decode --minutes 3" for a part.
 bench-speed: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
 

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", help="sections to run, by the beginnings of their names, separated by commas")
-    parser.add_argument("--minutes", type=float, default=16.0, help="about how long to measure (default 16)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="about how long to measure (default 20)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to show that it works")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
     options = parser.parse_args(arguments)
