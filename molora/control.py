@@ -159,17 +159,13 @@ def write_expert(
 @contextmanager
 def record(model: nn.Module) -> Iterator[dict[str, Routing]]:
     """Collect the decisions of the forwards inside the block: a dict from layer path to its latest Routing."""
-    trace = trace_of(model)
     log: dict[str, Routing] = {}
 
     def reader(site: Site, routing: Routing, ctx: Context) -> None:
         log[site.name] = routing.detach()
 
-    trace.readers.append(reader)
-    try:
+    with trace_of(model).telling(reader):
         yield log
-    finally:
-        trace.readers.remove(reader)
 
 
 def add_aux(model: nn.Module, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:

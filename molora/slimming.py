@@ -44,12 +44,9 @@ def profile_mass(
             total, count = sums.get(site.name, (0.0, 0.0))
             sums[site.name] = (total + mean_over_tokens(ranked, weights) * weights.sum(), count + weights.sum())
 
-    trace.readers.append(reader)
-    try:
+    with trace.telling(reader):
         for batch in batches:
             run(batch) if run is not None else model(**batch)
-    finally:
-        trace.readers.remove(reader)
     if not sums:
         raise ConfigError(f"no decision of adapter '{adapter}' was seen: give at least one batch, and make it active")
     return {name: total / count.clamp_min(1.0) for name, (total, count) in sums.items()}

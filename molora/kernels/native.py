@@ -153,8 +153,8 @@ def native(y: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, layout: La
     return _Native.apply(y, x, A, B, gates, layout, in_place)
 
 
-def layer_of(A: Tensor, Bt: Tensor, layout: Layout) -> Layer:
-    """Return the constants of a layer without a router, for contiguous A (R, d_in) and Bt (R, d_out)."""
+def layer_of(A: Tensor, Bt: Tensor, layout: Layout, **router: Any) -> Layer:
+    """Return the constants of a layer, for contiguous A (R, d_in) and Bt (R, d_out); `router`: further fields of it."""
     return Layer(
         d_in=A.shape[1],
         d_out=Bt.shape[1],
@@ -163,6 +163,7 @@ def layer_of(A: Tensor, Bt: Tensor, layout: Layout) -> Layer:
         A=A.data_ptr(),
         Bt=Bt.data_ptr(),
         scale=layout.scale,
+        **router,
     )
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .choose import NATIVE_RANK, is_forced
 from .fused import full_precision
 from .layout import Layout
-from .native import Layer, library, threads_for
+from .native import Layer, layer_of, library, threads_for
 from .upcast import has_hooks
 
 # From this many experts on, the matrix library computes the two products of the router's backward faster than the C
@@ -166,15 +166,4 @@ class _Step(torch.autograd.Function):
 
 
 def _layer(A: Tensor, Bt: Tensor, W: Tensor, bias: Tensor | None, layout: Layout, form: dict[str, Any]) -> Layer:
-    return Layer(
-        d_in=A.shape[1],
-        d_out=Bt.shape[1],
-        E=layout.num_experts,
-        r=layout.rank,
-        A=A.data_ptr(),
-        Bt=Bt.data_ptr(),
-        W=W.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        scale=layout.scale,
-        **form,
-    )
+    return layer_of(A, Bt, layout, W=W.data_ptr(), bias=None if bias is None else bias.data_ptr(), **form)

@@ -228,10 +228,6 @@ def gates_by_preference(
             real = ctx.weights(routing.gates)[..., None]
             found.append((routing.gates * real).sum(1) / real.sum(1).clamp_min(1))
 
-    trace.readers.append(read)
-    try:
-        with torch.no_grad(), using(model, router_extra=weights):
-            model(**prompts)
-    finally:
-        trace.readers.remove(read)
+    with torch.no_grad(), trace.telling(read), using(model, router_extra=weights):
+        model(**prompts)
     return torch.stack(found).mean(0)

@@ -232,11 +232,8 @@ class Roma:
             # read later: inside of a checkpoint, whose recompute has no readers, nothing more may be saved
             self._seen[site.name] = (routing.probs, ctx.weights(routing.probs))
 
-        trace.readers.append(read)
-        try:
+        with trace.telling(read):
             yield
-        finally:
-            trace.readers.remove(read)
 
     def _routing(self) -> Tensor:
         """Return (B, L, E): what was decided for the last real token of each row."""

@@ -197,11 +197,8 @@ class Activation:
             class_of: token ids (B, S) -> class of each token (B, S) long; none puts all in class 0.
         """
         self._class_of = class_of
-        trace.readers.append(self)
-        try:
+        with trace.telling(self):
             yield self
-        finally:
-            trace.readers.remove(self)
 
     @torch.no_grad()
     def __call__(self, site: Site, routing: Routing, ctx: Context) -> None:

@@ -131,11 +131,8 @@ class Usage:
     @contextmanager
     def reading(self, trace: Trace) -> Iterator[Usage]:
         """Count the decisions of all forwards inside the block."""
-        trace.readers.append(self)
-        try:
+        with trace.telling(self):
             yield self
-        finally:
-            trace.readers.remove(self)
 
     @torch.no_grad()
     def __call__(self, site: Site, routing: Routing, ctx: Context) -> None:

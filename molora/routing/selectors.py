@@ -9,7 +9,7 @@ explicit option here (names in brackets are the options):
 - how the weights are scaled (`normalise`): `none`, `sum1` (they sum to 1), `sumk` (they sum to how many stay) or
   `real` (those of the real experts sum to 1, whatever the null experts among the chosen hold);
 - what gradient the router gets (`grad`): `soft` (through the weights), `straight_through` (the value of the gate, the
-  gradient of the prob, to all experts), `policy` (none here: a policy loss reads `log_prob_of_selection`) or `none`.
+  gradient of the prob, to all experts), `policy` (none here: what trains the router is an objective) or `none`.
 
 With k = 1 and `sum1` the gate is the constant 1 and a soft gradient is exactly zero: use `none`, or straight_through.
 """
@@ -122,19 +122,6 @@ def _parts(values: Tensor, mask: Tensor, times_count: bool) -> tuple[Tensor, Ten
     empty = total == 0
     total = torch.where(empty, torch.ones_like(total), total)
     return gates, total, empty, mask.sum(-1, keepdim=True) if times_count else 1
-
-
-def log_prob_of_selection(probs: Tensor, gates: Tensor) -> Tensor:
-    """Return (B, S): log-probability of drawing the selected experts without replacement, likeliest first.
-
-    `sum_j log(p_j / (1 - sum_{j' < j} p_j'))` over the selected experts in falling order of probability (the
-    Plackett-Luce form of ReMix, arXiv 2603.10160). The gradient reaches probs; it is what `grad='policy'` trains with.
-    """
-    picked = torch.where(gates != 0, probs, torch.zeros_like(probs)).sort(-1, descending=True).values
-    left = (1 - (picked.cumsum(-1) - picked)).clamp_min(torch.finfo(probs.dtype).eps)
-    chosen = picked > 0
-    ratio = torch.where(chosen, picked / left, torch.ones_like(picked))
-    return ratio.log().sum(-1)
 
 
 @selectors.register("softmax")

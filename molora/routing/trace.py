@@ -141,6 +141,15 @@ class Trace:
         return next(now for began, now in reversed(self._passes) if began <= made)
 
     @contextmanager
+    def telling(self, reader: Reader) -> Iterator[None]:
+        """Call `reader` with each fresh decision inside the block."""
+        self.readers.append(reader)
+        try:
+            yield
+        finally:
+            self.readers.remove(reader)
+
+    @contextmanager
     def gathering(self, hold: bool = False) -> Iterator[None]:
         """Let the auxiliary losses of several training forwards add up, for losses made of more than one forward.
 

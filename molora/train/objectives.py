@@ -93,7 +93,8 @@ def run(
             if noise is not None:
                 noise.restore()
             trace.seed = seed
-            with _Draws(trace, objective.name) as draws:
+            draws = _Draws(objective.name)
+            with trace.telling(draws):
                 loss, outputs = forward()
             outcomes.append(_outcome(loss, outputs, labels, shifted, share, draws.log_prob()))
     finally:
@@ -117,18 +118,11 @@ class _Noise:
 class _Draws:
     """Reads the log-probabilities of the draws of one forward."""
 
-    def __init__(self, trace: Trace, name: str) -> None:
-        self.trace, self.name = trace, name
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.terms: list[tuple[Tensor, Tensor]] = []  # log-probabilities (B, S) and weights (B, S) per decision
 
-    def __enter__(self) -> _Draws:
-        self.trace.readers.append(self.read)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.trace.readers.remove(self.read)
-
-    def read(self, site: Site, routing: Routing, ctx: Context) -> None:
+    def __call__(self, site: Site, routing: Routing, ctx: Context) -> None:
         for one in (routing, *routing.branches):
             log_prob = (one.notes or {}).get("log_prob")
             if log_prob is None:

@@ -141,8 +141,11 @@ def test_recipes_do_not_see_the_future(recipe):
     with told(model, 2):
         before = model(input_ids=ids, labels=labels).logits
         after = model(input_ids=other, labels=torch.where(labels == -100, labels, other)).logits
-    torch.testing.assert_close(after[:, :5], before[:, :5], atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(after[:, :5], before[:, :5], atol=3e-6, rtol=1e-5)
     assert not torch.allclose(after[:, 5:], before[:, 5:])
+
+
+SMALL = ("mov", "mhr_z", "router_tuning")  # they train vectors, tables or routers alone
 
 
 @pytest.mark.parametrize("recipe", molora.recipes())
@@ -168,4 +171,5 @@ def test_a_training_step_lowers_the_loss(recipe):
         model.eval()
         with torch.no_grad():
             after = float(model(**inputs).loss)
-    assert after < before - 0.01, values  # little, where all that is trained is a vector or a table
+    least = 0.01 if recipe in SMALL else 0.05
+    assert after < before - least, values

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from molora.errors import ConfigError
 from molora.routing.selectors import (
     entropy_switch,
-    log_prob_of_selection,
     selectors,
     softmax,
     top_k,
@@ -181,36 +180,6 @@ def test_nothing_selected_stays_nothing():
 def test_unknown_switches_are_named(name):
     with pytest.raises(ConfigError, match=r"grad='hard' is unknown; known: soft, straight_through, policy, none"):
         selectors.get(name)(some_probs(), NOBODY, grad="hard")
-
-
-# --- the policy's log-probability -------------------------------------------------------------------------------------
-
-
-def test_log_probability_against_enumeration():
-    """Drawing k of 4 without replacement: over all ordered draws the probabilities sum to 1."""
-    p = torch.softmax(torch.randn(4, dtype=torch.float64), -1)
-    for k in (1, 2, 3, 4):
-        total = 0.0
-        for draw in itertools.permutations(range(4), k):
-            left, probability = 1.0, 1.0
-            for e in draw:
-                probability *= float(p[e]) / left
-                left -= float(p[e])
-            total += probability
-            if list(draw) == sorted(draw, key=lambda e: -float(p[e])):
-                gates = torch.zeros(4, dtype=torch.float64)
-                gates[list(draw)] = 0.5
-                assert log_prob_of_selection(p, gates).item() == pytest.approx(math.log(probability))
-        assert total == pytest.approx(1)
-
-
-def test_log_probability_is_safe_and_differentiable():
-    scores = torch.tensor([[0.0, 80.0, -80.0, 1.0]], requires_grad=True)
-    p = torch.softmax(scores, -1)
-    gates = top_k(p[None], NOBODY, k=3, grad="policy")[0]
-    value = log_prob_of_selection(p, gates)
-    (grad,) = torch.autograd.grad(value.sum(), scores)
-    assert torch.isfinite(value).all() and torch.isfinite(grad).all()
 
 
 # --- top_p ------------------------------------------------------------------------------------------------------------
