@@ -49,11 +49,23 @@ def cross_term(pairs: Sequence[Pair], weights: Sequence[float] | Tensor) -> Pair
     return product_merge([(A - A_mean, B - B_mean) for A, B in pairs], weights)
 
 
+def svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the SVD of B A as U (d_out, k), values (k,) in falling order, V (d_in, k), float64, k at most the rank R.
+
+    From QR of the two factors, A (R, d_in) and B (d_out, R), and an SVD of the small product between, so that a stack
+    of many experts costs no d_out x d_in matrix.
+    """
+    Qa, Ra = torch.linalg.qr(A.double().T)
+    Qb, Rb = torch.linalg.qr(B.double())
+    U, values, Vh = torch.linalg.svd(Rb @ Ra.T)
+    kept = len(values)
+    return Qb @ U[:, :kept], values, Qa @ Vh[:kept].T
+
+
 def compress(A: Tensor, B: Tensor, rank: int | None = None, tolerance: float = 0.0) -> tuple[Tensor, Tensor, float]:
     """Return the nearest pair of a lower rank: A (k, d_in), B (d_out, k), and how far it is.
 
-    The singular values of B A come from QR of the two factors and an SVD of the small (R, R) product between, in
-    float64, so a stack of many experts costs no d_out x d_in matrix. Both factors get the square roots of the values.
+    The singular values are exact (see `svd`); both factors get the square roots of the values.
 
     Args:
         A, B: (R, d_in) and (d_out, R), such as a product merge.
@@ -69,9 +81,7 @@ def compress(A: Tensor, B: Tensor, rank: int | None = None, tolerance: float = 0
         raise ConfigError(f"compress needs rank >= 1, got {rank}")
     if not 0 <= tolerance < 1:
         raise ConfigError(f"compress needs 0 <= tolerance < 1, got {tolerance}")
-    Qa, Ra = torch.linalg.qr(A.double().T)
-    Qb, Rb = torch.linalg.qr(B.double())
-    U, values, Vh = torch.linalg.svd(Rb @ Ra.T)
+    U, values, V = svd(A, B)
     total = values.norm()
     # error of keeping the first k: the norm of the rest
     rest = torch.cat([values.flip(0).square().cumsum(0).flip(0), values.new_zeros(1)]).sqrt()
@@ -80,8 +90,8 @@ def compress(A: Tensor, B: Tensor, rank: int | None = None, tolerance: float = 0
     enough = int((errors > max(tolerance, rounding)).sum()) if total > 0 else 0
     k = max(1, min(enough, len(values) if rank is None else rank))
     root = values[:k].sqrt()
-    small_A = (Qa @ Vh[:k].T * root).T
-    small_B = Qb @ U[:, :k] * root
+    small_A = (V[:, :k] * root).T
+    small_B = U[:, :k] * root
     error = float(errors[min(k, len(values))]) if total > 0 else 0.0
     return small_A.to(A.dtype).contiguous(), small_B.to(B.dtype).contiguous(), error
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..control import routed_layers, tuner_of
 from ..errors import ConfigError, raise_all
 from ..experts.bank import ExpertBank
-from ..experts.merge import Pair, product_merge
+from ..experts.merge import Pair, product_merge, svd
 from ..registry import split_spec
 from .base import install, put, slots_of
 from .registry import posthoc_routers
@@ -39,12 +39,10 @@ def direction(A: Tensor, B: Tensor) -> Tensor | None:
     A: (r, d_in), B: (d_out, r). Costs O((d_in + d_out) r^2 + r^3), whatever the ranks. Its sign is chosen so that its
     largest entry is positive, so that the same expert always gives the same file.
     """
-    Qa, Ra = torch.linalg.qr(A.detach().double().t())
-    Rb = torch.linalg.qr(B.detach().double()).R
-    _, values, Vh = torch.linalg.svd(Rb @ Ra.t())
+    _, values, V = svd(A.detach(), B.detach())
     if not values[0] > 0:
         return None
-    v = Qa @ Vh[0]
+    v = V[:, 0]
     return (v * v[v.abs().argmax()].sign()).float()
 
 
