@@ -31,6 +31,7 @@ from .names import Ref
 
 T = TypeVar("T")
 SCHEMA = 2  # odd numbers have FTS5
+TRIES = 3  # to build an index that somebody damages meanwhile
 WAIT = 30.0  # seconds for another process's transaction
 # searched texts, and what a word in them weighs
 FIELDS = {"name_words": 8.0, "task": 4.0, "description": 2.0, "rest": 1.0}
@@ -101,7 +102,10 @@ class Index:
         """Forget the index and read every folder again."""
         with self.disk.changing():
             self._delete()
-            self._attempt(lambda db: None)
+            try:
+                self._mended(lambda db: None)
+            except sqlite3.DatabaseError as error:
+                raise self._cannot_be_built(error) from error
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -116,15 +120,27 @@ class Index:
             return self._in_memory(work)
         try:
             with self.disk.changing():
-                try:
-                    return self._attempt(work)  # another process may have mended it
-                except sqlite3.DatabaseError:
-                    self._delete()
-                    return self._attempt(work)
+                return self._mended(work)
         except (ConfigError, OSError):
             return self._in_memory(work)
         except sqlite3.DatabaseError as error:
-            raise LoadError(f"the index '{self.path}' cannot be built: {error}; is the disk full?") from error
+            raise self._cannot_be_built(error) from error
+
+    def _mended(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do `work`, building the index anew where it is damaged; the caller holds the lock.
+
+        First as it is, since another process may have mended it. Then anew, and more than once: a program that
+        deletes or overwrites the file holds no lock, and may do so while it is being built.
+        """
+        for _ in range(TRIES):
+            try:
+                return self._attempt(work)
+            except sqlite3.DatabaseError:
+                self._delete()
+        return self._attempt(work)
+
+    def _cannot_be_built(self, error: sqlite3.DatabaseError) -> LoadError:
+        return LoadError(f"the index '{self.path}' cannot be built: {error}; is the disk full?")
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T:
         with closing(self._connect()) as db:
