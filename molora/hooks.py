@@ -156,6 +156,8 @@ class ForwardHooks:
         asking = {name: plan for name, plan in plans if plan.by_prompt or plan.remembers or plan.looks_ahead}
         if not asking or isinstance(self.trace.pins, Tensor):
             return []
+        if self.trace.rows is not None:
+            return [asking[name] for name, rows in self.trace.rows.items() if name in asking and rows.gates is None]
         active: set[str] = set()
         for part in module.modules():
             if hasattr(part, "molora_bank") and not (part._disable_adapters or part.merged_adapters):

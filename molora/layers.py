@@ -7,6 +7,7 @@ The base layer is called, never read or subclassed, so quantised and Conv1D base
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .experts.base import Experts
 from .kernels.routed import Calls
 from .kernels.upcast import frozen_linear, has_hooks, upcasts
 from .routing.links import softmax
+from .routing.rows import Rows
 from .routing.scorers import Constant
 from .routing.trace import Site, Trace
 from .routing.types import Context
@@ -145,6 +147,8 @@ class RoutedLinear(RoutedLayer):
             if self._disable_adapters:
                 self.unmerge()  # as PEFT does: disabled means the base as it was
             return self._base(x, *args, **kwargs)
+        if self.trace.rows is not None:
+            return self._serve(self.trace.rows, x, *args, **kwargs)
         active = self.active_adapters
         if self.roles:
             role = self._role(active)
@@ -186,6 +190,22 @@ class RoutedLinear(RoutedLayer):
                 continue
             sparse = site.sparse and self.trace.pins is None
             y = bank.add_to(y, x, gates, in_place=in_place, sparse=sparse)
+        return y
+
+    def _serve(self, rows: Mapping[str, Rows], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the base layer to a batch of many requests, and to each row the experts that it asked for."""
+        y = self._base(x, *args, **kwargs)
+        parts = self._modules
+        base, banks, routers = parts["base_layer"], parts["molora_bank"]._modules, parts["molora_router"]._modules
+        in_place = type(base) in PLAIN_LINEARS and not has_hooks(base)
+        for adapter, given in rows.items():
+            bank = banks.get(adapter)
+            if bank is None:
+                continue
+            gates = self.trace.given(self.sites[adapter], routers.get(adapter), x, given)
+            if in_place and self._calls.add(adapter, bank, gates, y, x):
+                continue
+            y = bank.add_to(y, x, gates, in_place=in_place, sparse=True)
         return y
 
     def _rescale(self, active: list[str], x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Inputs:
     @torch.no_grad()
     def _read(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         site = layer.sites[self._adapter]
-        hidden, ctx = self._trace.rows(site, args[0].detach())
+        hidden, ctx = self._trace.rows_of(site, args[0].detach())
         valid = torch.ones(hidden.shape[:2], dtype=torch.bool) if ctx.valid is None else ctx.valid
         valid = valid.to(hidden.device)
         if self.pool == "last":

@@ -26,6 +26,7 @@ from .losses import Parts
 from .passes import Pass, Plan, Site
 from .recompute import in_backward
 from .router import Router
+from .rows import Rows
 from .types import Context, Memory, Routing
 
 SETTLED_AFTER = 64  # training forwards without an optimizer step: longer than gradients are usually accumulated
@@ -40,6 +41,8 @@ class Trace:
         readers: functions called with each fresh decision; nothing is recorded for nobody.
         pins: gates that replace decisions: one tensor for all sites, or a dict from site name or group to tensor.
         edits: interventions on scores and gates (see edit.py), in the order they act.
+        rows: per adapter of a served batch, what its rows get (see rows.py); only these adapters act then. None: PEFT's
+            active adapters act.
         progress: training progress in [0, 1], read by schedules.
         seed: the seed of the next training forward's draws; None: one is drawn from torch's generator.
     """
@@ -49,6 +52,7 @@ class Trace:
         self.readers: list[Reader] = []
         self.pins: Tensor | dict[str, Tensor] | None = None
         self.edits: list[Any] = []
+        self.rows: dict[str, Rows] | None = None
         self.progress = 0.0
         self._clear()
 
@@ -74,7 +78,7 @@ class Trace:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, with no readers and no pass."""
-        self.__dict__.update(state, readers=[], edits=[])
+        self.__dict__.update(state, readers=[], edits=[], rows=None)
         self._clear()
 
     # --- the life of a pass ---------------------------------------------------------------------------------------
@@ -313,7 +317,26 @@ class Trace:
             gates = gates[..., site.column : site.column + 1]
         return _as_input(gates, hidden, x)
 
-    def rows(self, site: Site, x: Tensor) -> tuple[Tensor, Context]:
+    def given(self, site: Site, router: Router | None, x: Tensor, rows: Rows) -> Tensor:
+        """Return the gates of a served batch for x (..., d), broadcastable to its leading axes.
+
+        Raises:
+            RoutingError: the rows do not fit this input.
+        """
+        hidden = _as_rows(x, self._now.shape.get(site.stack))
+        told = rows.mask if rows.gates is None else rows.gates
+        if told is not None and not _fits(told, hidden):
+            raise RoutingError(
+                f"a batch was described by {told.shape[0]} rows and {told.shape[1]} positions, but layer '{site.name}' "
+                f"has {hidden.shape[0]} rows and {hidden.shape[1]} positions"
+            )
+        if rows.gates is not None:
+            self.notice(site)
+            return _as_input(rows.gates, hidden, x)
+        gates = self.decide(site, router, x)
+        return gates if rows.mask is None else gates * _as_input(rows.mask, hidden, x)
+
+    def rows_of(self, site: Site, x: Tensor) -> tuple[Tensor, Context]:
         """Return the input x (..., d) of a site as (B, S, d), and what the forward that is open knows about it."""
         hidden = _as_rows(x, self._now.shape.get(site.stack))
         return hidden, self._now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
@@ -397,6 +420,11 @@ def _autograd_clock() -> int:
 def as_gates(pinned: Tensor) -> Tensor:
     """Lay gates (E,), (S, E) or (B|1, S|1, E) out as float32 (B|1, S|1, E)."""
     return pinned.to(torch.float32).reshape((1,) * (3 - pinned.dim()) + pinned.shape)
+
+
+def _fits(told: Tensor, hidden: Tensor) -> bool:
+    """Tell whether (B|1, S|1, n) broadcasts to hidden (B, S, d)."""
+    return told.shape[0] in (1, hidden.shape[0]) and told.shape[1] in (1, hidden.shape[1])
 
 
 def _by_beam(pinned: Tensor, hidden: Tensor, now: Pass) -> Tensor:
