@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -244,6 +244,19 @@ def add_output(outputs: Any, name: str, value: Tensor) -> None:
 def checkpointing_is_on(model: nn.Module) -> bool:
     """Tell whether a transformers model recomputes activations (the flag is set on each block that does)."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def keep_columns(trainer: Any, names: Sequence[str]) -> None:
+    """Let Trainer keep columns of the data that are no arguments of the model; it drops the others by default."""
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns = list(dict.fromkeys([*trainer._signature_columns, *names]))
+
+
+def accumulation_left_to_the_loss(trainer: Any, total: Any) -> int:
+    """Return by what a mean over a micro-batch must be divided because Trainer does not (see its `training_step`)."""
+    told = getattr(trainer, "loss_is_scaled_for_ga", None)
+    scaled = (trainer.model_accepts_loss_kwargs and total is not None) or trainer.compute_loss_func is not None
+    return trainer.current_gradient_accumulation_steps if (scaled if told is None else told) else 1
 
 
 def world_size_of(trainer: Any) -> int:

@@ -59,6 +59,9 @@ def routed_layers(model: nn.Module, adapter: str = "default") -> dict[str, Route
 def using(model: nn.Module, **own: Any) -> Iterator[None]:
     """Give every forward inside the block what routers may ask for, also those of generate().
 
+    The block is of the thread, or the task of asyncio, that runs it: others are not given it, unless they run in a copy
+    of its context (`contextvars.copy_context().run`, as `asyncio.to_thread` does).
+
     Args:
         model: a wrapped model.
         own: `task_ids` (B,), `prompt_mask` (B, S), `expert_ids` (B,) or (B, S), the expert that a label asks for (-1
@@ -68,12 +71,8 @@ def using(model: nn.Module, **own: Any) -> Iterator[None]:
     unknown = set(own) - set(OWN_ARGUMENTS)
     if unknown:
         raise ConfigError(f"using() knows {', '.join(OWN_ARGUMENTS)}, not {', '.join(sorted(unknown))}")
-    before = hooks.given
-    hooks.given = {**before, **own}
-    try:
+    with hooks.calls.inside(own):
         yield
-    finally:
-        hooks.given = before
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from . import compat
+from .base_weights import copy_problems, path_of_weight
 from .config import MoloraConfig, build_config
-from .control import routed_layers
+from .control import routed_layers, tuner_of
 from .errors import ConfigError, LoadError, raise_all
 from .files import Contents, local_folder, look
 from .plan import form_of, regex_of, targets_of, why_not_pattern
@@ -64,12 +65,16 @@ class Pair:
 
 @dataclass
 class Lora:
-    """A LoRA folder: its pairs by path of the layer; `room` is the least rank that its expert gets in every layer."""
+    """A LoRA folder: its pairs by path of the layer; `room` is the least rank that its expert gets in every layer.
+
+    `copies` are the names of tensors that are weights of the base, by the path of their layer.
+    """
 
     label: str
     contents: Contents
     pairs: dict[str, Pair] = field(default_factory=dict)
     room: int = 1
+    copies: dict[str, str] = field(default_factory=dict)
 
 
 def import_peft(
@@ -85,6 +90,9 @@ def import_peft(
 
     They may differ in rank, alpha, target layers, rslora, rank and alpha patterns and dtype; a layer that a LoRA does
     not touch gets a fresh expert there, which changes nothing. How tokens are routed comes from the recipe.
+
+    PEFT saves the head, or the embedding, beside a LoRA on it. Such a weight is left out when it is the base's own to
+    the last bit, which `molora.report` tells, and refused when it is not.
 
     Args:
         model: the base model of the LoRAs, or a PeftModel that molora made from it.
@@ -110,7 +118,7 @@ def import_peft(
     loras = [Lora(label, look(local_folder(path))) for label, path in zip(labels, dirs, strict=True)]
     problems = []
     for lora in loras:
-        found = read_lora(lora, sizes)
+        found = read_lora(lora, sizes, base=base)
         problems += [f"'{lora.label}': {problem}" for problem in found]
     raise_all(problems, LoadError, "these LoRAs cannot all become experts")
     return mix(model, loras, recipe, adapter_name, changes)
@@ -142,6 +150,11 @@ def mix(
                     bank.write(slot, tensors[pair.A], tensors[pair.B], pair.scale)
                 else:
                     bank.clear(slot)
+    tuner_of(peft_model).reports[adapter_name].notes += [
+        f"'{lora.label}' also holds the base's own weight of {', '.join(sorted(lora.copies))}, which stays as it is"
+        for lora in loras
+        if lora.copies
+    ]
     return peft_model
 
 
@@ -165,21 +178,25 @@ def lora_problems(contents: Contents, sizes: Mapping[str, tuple[int, int]] | Non
     return _misfits(lora, sizes), max((pair.rank for pair in lora.pairs.values()), default=0)
 
 
-def read_lora(lora: Lora, sizes: Mapping[str, tuple[int, int]] | None, values: bool = True) -> list[str]:
+def read_lora(
+    lora: Lora, sizes: Mapping[str, tuple[int, int]] | None, values: bool = True, base: nn.Module | None = None
+) -> list[str]:
     """Fill in the pairs of a LoRA; returns everything that keeps it from being an expert, `values` NaN and Inf too.
 
-    Without sizes of the base's layers, A and B must fit each other.
+    Without sizes of the base's layers, A and B must fit each other. Without the base, no weight of it may be there.
     """
     contents = lora.contents
     if contents.config is None:
         return contents.problems
     if not contents.tensors or contents.config.get("peft_type") != "LORA":
         return contents.problems + _config_problems(contents.config)
-    found = contents.problems + _misfits(lora, sizes)
+    found = contents.problems + _misfits(lora, sizes, base)
+    if lora.copies and base is not None and not contents.problems:
+        found += copy_problems(lora.copies, lora.contents.read(), base)
     return found + contents.not_finite() if values else found
 
 
-def _misfits(lora: Lora, sizes: Mapping[str, tuple[int, int]] | None) -> list[str]:
+def _misfits(lora: Lora, sizes: Mapping[str, tuple[int, int]] | None, base: nn.Module | None = None) -> list[str]:
     """Fill in the pairs of a LoRA from its config and header; returns what does not fit."""
     contents = lora.contents
     found = _config_problems(contents.config or {})
@@ -192,6 +209,8 @@ def _misfits(lora: Lora, sizes: Mapping[str, tuple[int, int]] | None) -> list[st
             halves[match["path"]][match["part"]] = name
         elif match:
             found.append(f"tensor '{name}' is there twice, with and without PEFT's prefix")
+        elif base is not None and (copy := path_of_weight(name, base)) is not None and copy not in lora.copies:
+            lora.copies[copy] = name
         else:
             found.append(f"tensor '{name}' {_why_not(name)}")
     for path, parts in sorted(halves.items()):
@@ -269,7 +288,10 @@ def _why_not(name: str) -> str:
     if name.endswith(".bias"):
         return "is a trained bias, which is not part of an expert"
     if "lora_" not in name:
-        return "is a weight of the base that was trained whole (modules_to_save), which is not part of an expert"
+        return (
+            "is a weight of the base that was trained whole (modules_to_save), which is not part of an expert; if it "
+            "was not trained, save the LoRA again with save_embedding_layers=False"
+        )
     return "is not the A or B of a LoRA on a linear layer"
 
 

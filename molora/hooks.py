@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calls import Calls
 from .compat import (
     Arguments,
     add_output,
@@ -51,18 +52,14 @@ class ForwardHooks:
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.trace = trace
-        self.given: dict[str, Any] = {}  # own arguments set with molora.using(), for every forward
+        self.calls = Calls()
         self.arguments = Arguments(model.forward)
         self.takes_pairs = is_encoder_decoder(model)
         self.shifted = labels_are_shifted(model)
         self.generates = generates(model)
         self.both_ways = looks_both_ways(model)
         self.share: Tensor | float = 1.0
-        self.prompt_length: int | None = None  # of the generate() that is running
-        self.prompt_rows: int | None = None
-        self._own: dict[str, Any] = {}  # of the forward that is open
         self._grads_into_inputs = False
-        self._encoded_ids: Any = None  # the token ids that the encoder has read last
         self.watches = False  # whether attention weights are kept
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True)
@@ -110,7 +107,8 @@ class ForwardHooks:
         """Open a pass; takes molora's own arguments out of the model's."""
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-        self._own = own = {**self.given, **{name: value for name, value in own.items() if value is not None}}
+        call = self.calls.now
+        call.own = own = {**call.given, **{name: value for name, value in own.items() if value is not None}}
         get = self.arguments.get
         collecting = module.training and torch.is_grad_enabled()
         if collecting and not self._grads_into_inputs and checkpointing_is_on(module):
@@ -120,7 +118,7 @@ class ForwardHooks:
             self._grads_into_inputs = True
         new = Pass(collecting=collecting, cache=get(args, kwargs, "past_key_values", "cache_params"))
         new.continuing = tokens_in_cache(new.cache) > 0
-        new.prompt_rows = self.prompt_rows
+        new.prompt_rows = call.prompt_rows
         labels = get(args, kwargs, "labels")
         if self.takes_pairs:
             self._describe_pairs(module, new, args, kwargs, labels, own)
@@ -129,7 +127,7 @@ class ForwardHooks:
             valid = _valid(get(args, kwargs, "attention_mask"), tokens)
             prompt = own.get("prompt_mask")
             if prompt is None and self.generates:
-                prompt = _prompt(labels, tokens, self.prompt_length)
+                prompt = _prompt(labels, tokens, call.prompt_length)
             self._describe(new, "main", tokens, valid, prompt, own, get(args, kwargs, "input_ids"))
         if collecting:
             self.share = self._token_share(labels, kwargs.get("num_items_in_batch"))
@@ -208,7 +206,7 @@ class ForwardHooks:
         rows = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
         rows = rows or _shape(states[0] if states is not None else None, states[0] if states is not None else None)
         ids = get(args, kwargs, "input_ids")
-        ids = ids if isinstance(ids, Tensor) else _repeated(self._encoded_ids, rows)
+        ids = ids if isinstance(ids, Tensor) else _repeated(self.calls.now.encoded_ids, rows)
         self._describe(new, "cross", rows, _valid(source, rows), None, own, ids)
 
     def before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -216,15 +214,17 @@ class ForwardHooks:
         get = self.encoder_arguments.get
         tokens = _shape(get(args, kwargs, "input_ids", "inputs_embeds"), get(args, kwargs, "inputs_embeds"))
         ids = get(args, kwargs, "input_ids")
-        self._encoded_ids = ids  # generate() gives the decoder only what came of them
+        call = self.calls.now
+        call.encoded_ids = ids  # generate() gives the decoder only what came of them
+        own = call.own or call.given
         context = Context(
             valid=_valid(get(args, kwargs, "attention_mask"), tokens),
-            task_ids=(self._own or self.given).get("task_ids"),
+            task_ids=own.get("task_ids"),
             progress=self.trace.progress,
             training=module.training and torch.is_grad_enabled(),
             token_ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
-            expert_ids=_by_token((self._own or self.given).get("expert_ids")),
-            extra=_by_row((self._own or self.given).get("router_extra")),
+            expert_ids=_by_token(own.get("expert_ids")),
+            extra=_by_row(own.get("router_extra")),
             memory=self.trace.memory,
             causal=False,
         )
@@ -233,7 +233,7 @@ class ForwardHooks:
 
     def _by_beam(self, given: Any, tokens: tuple[int, ...] | None) -> Any:
         """Repeat what was given per row of the prompt for the beams or samples of that row inside generate()."""
-        rows = self.prompt_rows
+        rows = self.calls.now.prompt_rows
         if not isinstance(given, Tensor) or not given.dim() or not rows or tokens is None or given.shape[0] != rows:
             return given
         beams, left = divmod(tokens[0], rows)
@@ -250,11 +250,11 @@ class ForwardHooks:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
         """Add the auxiliary loss to the model's loss, report it, and close the pass."""
-        collecting, self._own = self.trace.is_collecting, {}
+        collecting, self.calls.now.own = self.trace.is_collecting, {}
         cache = getattr(outputs, "past_key_values", None)
         cache = cache if cache is not None else getattr(outputs, "cache_params", None)
         self.trace.close(cache)
-        if cache is not None and any(plan.remembers for plan in self.trace.plans.values()):
+        if cache is not None and any(plan.remembers or plan.by_prompt for plan in self.trace.plans.values()):
             follow_rows(cache, self.trace.reorder)
         if not collecting:
             return outputs

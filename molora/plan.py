@@ -215,11 +215,13 @@ class Report:
     """What a wrap did: wrapped layers, and layers that were asked for but skipped, each with the reason.
 
     `plain` are the wrapped layers outside of the MLP blocks of `experts.form: block`: one LoRA each, not routed.
+    `notes` say what else is worth knowing, such as what of an imported LoRA was left out.
     """
 
     wrapped: list[str] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     decisions: int = 0
     trainable: int = 0
     total: int = 0
@@ -233,4 +235,5 @@ class Report:
             leaves = sorted({path.rpartition(".")[2] for path in self.plain})
             lines.append(f"  one LoRA each, not routed: {len(self.plain)} layers outside of MLPs ({', '.join(leaves)})")
         lines += [f"  skipped {path}: {reason}" for path, reason in self.skipped.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -330,16 +330,11 @@ class MoloraModel(BaseTuner):
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
         if kwargs.get(TASK_IDS) is not None:
             own["task_ids"] = kwargs[TASK_IDS]
-        before = (self.hooks.given, self.hooks.prompt_length, self.hooks.prompt_rows)
-        self.hooks.given = {**before[0], **own}
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        if isinstance(ids, Tensor) and ids.dim() == 2:
-            # generate() without a cache feeds its own output back, and runs several beams per row
-            self.hooks.prompt_rows, self.hooks.prompt_length = ids.shape
-        try:
+        # generate() without a cache feeds its own output back, and runs several beams per row
+        prompt = tuple(ids.shape) if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        with self.hooks.calls.inside(own, prompt):
             yield
-        finally:
-            self.hooks.given, self.hooks.prompt_length, self.hooks.prompt_rows = before
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Do nothing: banks and routers are float32 from the start, whatever the base."""

@@ -195,6 +195,49 @@ def test_configs_that_say_more_than_low_rank_pairs_are_refused(changes, message,
     assert anatomy(base) == before
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_peft_saves_beside_its_lora_is_the_bases_own_or_refused(tied, tmp_path):
+    """PEFT adds the weight of a head, or an embedding, to the file of a LoRA on it, whether or not it was trained."""
+
+    def build(**options):
+        return tiny_llama(tie_word_embeddings=tied, **options)
+
+    peft_lora(tmp_path / "plain", 1, build)
+    folder = peft_lora(tmp_path / "head", 2, build, target_modules=["q_proj", "lm_head"])
+    name = "base_model.model.lm_head.base_layer.weight"
+    assert name in load_file(folder / WEIGHTS)  # or this test would prove nothing
+    for make in (molora.import_peft, molora.compose):
+        model = make(build(), [tmp_path / "plain", folder]).eval()
+        with molora.pin(model, one_hot(1, 2)):
+            assert (logits(model) - peft_says(folder, build)).abs().max() < 1e-5
+    molora.live(model).swap("head", folder)  # into a model that runs
+    with molora.pin(model, one_hot(1, 2)):
+        assert (logits(model) - peft_says(folder, build)).abs().max() < 1e-5
+    for make in (molora.import_peft, molora.compose):
+        (note,) = molora.report(make(build(), [tmp_path / "plain", folder])).notes
+        assert note == "'head' also holds the base's own weight of lm_head, which stays as it is"
+    assert f"note: {note}" in str(molora.report(model))
+    half = build().to(torch.bfloat16)  # the same weight, as this base has it
+    assert molora.report(molora.import_peft(half, [folder])).notes
+    change_tensors(folder, lambda tensors: tensors.update({"base_model.model.model.norm.weight": torch.ones(32)}))
+    assert "lm_head, model.norm" in molora.report(molora.import_peft(build(), [folder])).notes[0]
+    cases = [
+        (lambda t: t[name][3].mul_(1 + 2**-20), r"lm_head.base_layer.weight' differs from the base's own by up to \d"),
+        (lambda t: t.update({name: t[name][:90].clone()}), r"is \(90, 32\), the base's own is \(96, 32\)"),
+        (lambda t: t.update({name: t[name].fill_(torch.nan)}), "differs from the base's own"),
+        (lambda t: t.update({"base_model.model.lm_hed.weight": t.pop(name)}), "lm_hed.weight' is a weight of the base"),
+    ]
+    whole = (folder / WEIGHTS).read_bytes()
+    for change, message in cases:
+        (folder / WEIGHTS).write_bytes(whole)
+        change_tensors(folder, change)
+        base = build()
+        before = anatomy(base)
+        with pytest.raises(LoadError, match=message):
+            molora.import_peft(base, [folder])
+        assert anatomy(base) == before
+
+
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 TENSORS = {
     f"{LAYER}.lora_magnitude_vector": "belongs to DoRA",

@@ -36,6 +36,11 @@ class Address:
         return parts[-1] if parts else ""
 
 
+def is_address(root: object) -> bool:
+    """Whether a library's root is an address with a scheme, and not a folder."""
+    return isinstance(root, str) and "://" in root
+
+
 def parse_address(text: str, endpoint: str) -> Address:
     """Read the address of an adapter.
 

@@ -1,6 +1,7 @@
 """What the commands `molora hub ...` do: call the library and print.
 
-`pull` and `push` are in remote_commands.py, `train-gates` is in gates_command.py.
+`pull` and `push` are in remote_commands.py, `train-gates` is in gates_command.py, `mix` and the like are in
+arithmetic_commands.py.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import CONFIG, read_config, replacing
+from ..files import replacing
 from ..paths import adapters_hub_dir
 from ..reports.tables import table
-from . import gates_command, remote_commands
+from . import arithmetic_commands, gates_command, remote_commands
+from .address import is_address
+from .bases import base_model
 from .compare import Difference
 from .entry import Entry
 from .names import Ref
@@ -33,13 +36,16 @@ def run(args: argparse.Namespace) -> int:
         **{"alias": alias, "pull": remote_commands.pull, "push": remote_commands.push},
         "train-gates": gates_command.train_gates,
     }
+    sums = ("mix", "average", "negate", "compress", "similarity", "cluster")
+    commands |= {name: getattr(arithmetic_commands, name) for name in sums}
     return commands[args.hub_command](args, Hub(root_of(args.root, args.hub_command in WRITES)))
 
 
-def root_of(given: str | None, writes: bool) -> Path:
-    """Return the folder of the library: as given, of $MOLORA_HUB, ./adapters_hub, or to read the shipped one."""
-    if given or os.environ.get("MOLORA_HUB"):
-        return Path(given or os.environ["MOLORA_HUB"])
+def root_of(given: str | None, writes: bool) -> Path | str:
+    """Return the library's folder or address: as given, of $MOLORA_HUB, ./adapters_hub, or to read the shipped one."""
+    given = given or os.environ.get("MOLORA_HUB")
+    if given:
+        return given if is_address(given) else Path(given)
     here = Path("adapters_hub")
     return here if writes or here.is_dir() else adapters_hub_dir()
 
@@ -68,32 +74,6 @@ def add(args: argparse.Namespace, hub: Hub) -> int:
     if missing:
         print(f"its card does not say: {', '.join(missing)}")
     return 0
-
-
-_CLASSES = {  # of PEFT's task types; others, and LoRAs of another kind, are on the bare model
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
-
-
-def base_model(name: str, source: Path) -> Any:
-    """Load the base model of an adapter folder as what the adapter was trained for."""
-    import transformers
-
-    path = Path(name).expanduser()
-    if (name.startswith((".", "/", "~")) or path.exists()) and not path.is_dir():
-        raise ConfigError(f"model folder '{name}' does not exist")
-    task = read_config(source / CONFIG).get("task_type")
-    kind = getattr(transformers, _CLASSES.get(str(task), "AutoModel"))
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return kind.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the base model '{name}' cannot be loaded as {kind.__name__}: {reason}") from error
 
 
 def _metrics(pairs: list[str] | None) -> dict[str, float] | None:
@@ -156,11 +136,11 @@ def list_(args: argparse.Namespace, hub: Hub) -> int:
     if args.json:
         return _print([entry.to_dict() for entry in entries])
     if not entries:
-        print(f"no adapters in {hub.root}" + (" of this kind" if any(wanted.values()) else ""))
+        print(f"no adapters in {hub.where}" + (" of this kind" if any(wanted.values()) else ""))
         return 0
     print(table(_HEADER, [_row(entry) for entry in entries], left=_LEFT))
     total, damaged = sum(entry.bytes for entry in entries), sum(bool(entry.problems) for entry in entries)
-    print(f"\n{len(entries)} in {hub.root}, {_size(total)}")
+    print(f"\n{len(entries)} in {hub.where}, {_size(total)}")
     if damaged:
         print(f"{damaged} damaged; see molora hub verify")
     return 0
@@ -230,10 +210,10 @@ def verify(args: argparse.Namespace, hub: Hub) -> int:
     found = hub.verify(args.ref)
     bad = {ref: problems for ref, problems in found.items() if problems}
     if args.json:
-        _print({"root": str(hub.root), "checked": len([r for r in found if r.name]), "problems": _by_name(bad)})
+        _print({"root": hub.where, "checked": len([r for r in found if r.name]), "problems": _by_name(bad)})
         return int(bool(bad))
     for ref, problems in found.items():
-        name = str(ref) if ref.name else f"library {hub.root}"
+        name = str(ref) if ref.name else f"library {hub.where}"
         print(f"{'FAIL' if problems else 'ok  '}  {name}")
         for problem in problems:
             print("\n".join(f"      {line}" for line in problem.splitlines()))

@@ -89,7 +89,7 @@ def compose(
     for label, source in zip(labels, adapters, strict=True):
         try:
             loras.append(Lora(label, contents_of(source, hub)))
-            problems += [f"'{label}': {problem}" for problem in read_lora(loras[-1], sizes)]
+            problems += [f"'{label}': {problem}" for problem in read_lora(loras[-1], sizes, base=base)]
         except (ConfigError, LoadError) as error:
             problems.append(f"'{label}': {error}")
     raise_all(problems, LoadError, "these adapters cannot all become experts")
@@ -201,13 +201,23 @@ def _make_room(
         for lora in loras:
             lora.room = max_rank or largest
     if targets is not None:
-        for path in _paths(targets, sizes, base):
+        for path in target_paths(targets, sizes, base):
             loras[0].pairs.setdefault(path, Pair("", "", max_rank or largest, 0.0))
     for slot in range(len(loras), len(loras) + max(0, spare)):
         loras.append(Lora(f"{FREE}{slot}", hold({}, {}), room=max_rank or largest))
 
 
-def _paths(targets: str | Sequence[str], sizes: Mapping[str, tuple[int, int]], base: nn.Module) -> list[str]:
+def target_paths(targets: str | Sequence[str], sizes: Mapping[str, tuple[int, int]], base: nn.Module) -> list[str]:
+    """Return the paths of the linear layers that `targets` names, as in `compose`.
+
+    Args:
+        targets: the ends of their names, or `all-linear`: all but the output head.
+        sizes: (d_in, d_out) of the linear layers of the base by path.
+        base: the base model.
+
+    Raises:
+        ConfigError: a name that ends no layer's path.
+    """
     if targets == "all-linear":
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         heads = {path.replace(".base_layer", "") for path, module in base.named_modules() if module is head}

@@ -51,7 +51,8 @@ def compose(args: argparse.Namespace) -> int:
     from ..checkpoint import save
     from ..control import routed_layers
     from ..errors import ConfigError
-    from .commands import base_model, root_of
+    from .bases import base_model
+    from .commands import root_of
     from .compose import compose as make
     from .compose import live
     from .ingredients import contents_of, label_of
@@ -91,7 +92,8 @@ def export(args: argparse.Namespace) -> int:
     from ..checkpoint import load
     from ..errors import ConfigError
     from ..to_peft import export_peft
-    from .commands import base_model, root_of
+    from .bases import base_model
+    from .commands import root_of
     from .compose import live
     from .ingredients import contents_of
 

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from ..errors import ConfigError, LoadError
 from ..files import CONFIG, WEIGHTS
 from .card import CARD
+from .entry import Entry, read_entry
 from .names import Ref, is_version, parse, why_not_name
 from .plain_yaml import read_yaml, write_yaml
 
@@ -61,7 +62,23 @@ class Disk:
         self.root = Path(root).expanduser().absolute()
         self._lock = FileLock(self.root / LOCK, timeout=lock_seconds)  # of this thread; may be taken again inside
 
+    @property
+    def where(self) -> str:
+        """Where it is, to be read by people."""
+        return str(self.root)
+
+    def require_local(self, what: str) -> None:
+        """Refuse to change a library that is elsewhere (mirror.py); this one is here."""
+
     # --- reading ------------------------------------------------------------------------------------------------------
+
+    def entry(self, ref: Ref) -> Entry:
+        """Look at a version, without reading a tensor; never raises for what is in it."""
+        return read_entry(ref, self.folder(ref))
+
+    def fetch(self, ref: Ref, check: bool = True) -> Path:
+        """Return the folder of a version, which is here already."""
+        return self.folder(ref)
 
     def scan(self) -> tuple[dict[Ref, str], list[str]]:
         """Return a stamp of every version, which changes with its files, and what does not belong into a library.
@@ -116,6 +133,10 @@ class Disk:
             return State()
         except UnicodeDecodeError as error:
             raise LoadError(f"'{self.root / STATE}' is damaged: {error}") from None
+        return self.read_state(text, str(self.root / STATE))
+
+    def read_state(self, text: str, where: str) -> State:
+        """Return what the text of a library.yaml says; raise LoadError when it is damaged."""
         try:
             content = read_yaml(text, STATE) or {}
             if not isinstance(content, Mapping) or set(content) - {"format", "aliases", "removed"}:
@@ -127,9 +148,7 @@ class Disk:
                 raise ConfigError("removed must map names to versions")
             return State({str(alias): parse(str(ref)) for alias, ref in aliases.items()}, dict(removed))
         except ConfigError as error:
-            raise LoadError(
-                f"'{self.root / STATE}' is damaged: {error}; mend it, or delete it with its aliases"
-            ) from None
+            raise LoadError(f"'{where}' is damaged: {error}; mend it, or delete it with its aliases") from None
 
     # --- changing -----------------------------------------------------------------------------------------------------
 

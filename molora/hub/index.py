@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigError, LoadError
 from .card import AdapterCard
 from .disk import INDEX, Disk
-from .entry import Entry, read_entry
+from .entry import Entry
 from .names import Ref
 
 T = TypeVar("T")
@@ -200,7 +200,7 @@ class Index:
         db.execute("DELETE FROM versions WHERE name = ? AND version = ?", ref)
 
     def _insert(self, db: sqlite3.Connection, ref: Ref, stamp: str) -> None:
-        entry = read_entry(ref, self.disk.folder(ref))
+        entry = self.disk.entry(ref)
         texts = _texts(entry)
         fields = [f" {' '.join(words_of(texts[name]))}" for name in FIELDS]
         row = [*ref, stamp, json.dumps(_to_row(entry)), *fields]
@@ -218,7 +218,7 @@ class Index:
             content["problems"] = tuple(content["problems"])
             return Entry(name, version, self.disk.folder(Ref(name, version)), card, **content)
         except (ValueError, TypeError, KeyError, ConfigError):  # a row that nobody wrote like this
-            return read_entry(Ref(name, version), self.disk.folder(Ref(name, version)))
+            return self.disk.entry(Ref(name, version))
 
 
 def _stamps(db: sqlite3.Connection) -> dict[Ref, str]:

@@ -159,7 +159,7 @@ class LiveMixture(Requests):
     ) -> tuple[Lora, dict[str, Tensor]]:
         """Return an adapter and its tensors; raises when it is no expert that fits the slot (None: any slot)."""
         lora = Lora(name, contents_of(adapter, self.hub, self._reader.look))
-        problems = read_lora(lora, self._sizes, values=False)
+        problems = read_lora(lora, self._sizes, values=False, base=self._base)
         room: list[str] = []
         for path, pair in lora.pairs.items():
             if path not in layers:

@@ -5,6 +5,7 @@
       news: news@2                    what it is called there: which adapter of the library
       law: {adapter: law, digest: 9b1e…}   this content and no other, whatever version is the newest
       poems: {adapter: poems, like: news}  a new expert that is routed like another one at first
+      jokes: {adapter: jokes, pin: true}   a server never evicts it
 
 `reconcile` compares the manifest with what there is, says what it would do, and does it: experts of a live mixture are
 added, swapped and removed while it runs; versions are copied to, and removed from, another library. Everything is
@@ -32,7 +33,7 @@ from .store import Hub
 from .targets import HubTarget, MixtureTarget, Step, Target, Wanted
 
 FORMAT = 1
-_KEYS = ("adapter", "digest", "like")
+_KEYS = ("adapter", "digest", "like", "pin")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Manifest:
         adapters = {}
         for one in self.wanted:
             more = {key: getattr(one, key) for key in ("digest", "like") if getattr(one, key) is not None}
+            more |= {"pin": True} if one.pin else {}
             adapters[one.name] = {"adapter": one.adapter, **more} if more else one.adapter
         path = Path(path).expanduser()
         draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -195,7 +197,7 @@ def _entries(manifest: Manifest, hub: Hub) -> list[tuple[Wanted, Entry]]:
                 f"'{wanted.name}': {entry.ref} has digest {entry.digest}, the manifest wants {wanted.digest}"
             )
         found.append((wanted, entry))
-    raise_all(problems, ConfigError, f"library '{hub.root}' does not have what the manifest wants")
+    raise_all(problems, ConfigError, f"library '{hub.where}' does not have what the manifest wants")
     return found
 
 
@@ -210,10 +212,13 @@ def _wanted(name: Any, value: Any) -> Wanted:
         problems.append(f"digest must be a sha256 in hexadecimal, got {digest!r:.80}")
     if like is not None and not isinstance(like, str):
         problems.append(f"like must be the name of an expert, got {like!r:.80}")
+    pin = value.get("pin", False)
+    if not isinstance(pin, bool):
+        problems.append(f"pin must be true or false, got {pin!r:.80}")
     for check in (lambda: check_name(name), lambda: parse(value["adapter"])):
         try:
             check()
         except ConfigError as error:
             problems.append(str(error))
     raise_all(problems, ConfigError, "it is wrong")
-    return Wanted(name, value["adapter"], digest, like)
+    return Wanted(name, value["adapter"], digest, like, pin)

@@ -5,10 +5,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from .arithmetic_commands import (
+    AVERAGE,
+    CLUSTER,
+    COMPRESS,
+    MIX,
+    NEGATE,
+    SIMILARITY,
+    add_average,
+    add_cluster,
+    add_compress,
+    add_mix,
+    add_negate,
+    add_similarity,
+)
 from .gates_command import TRAIN_GATES, add_train_gates
 from .remote_commands import PULL, PUSH, add_pull, add_push
 
-ROOT_HELP = "folder of the library (default: $MOLORA_HUB, ./adapters_hub, or to read the one that comes with molora)"
+ROOT_HELP = (
+    "folder of the library, or to read hf://owner/name[@revision], s3://... (default: $MOLORA_HUB, ./adapters_hub, or "
+    "to read the one that comes with molora)"
+)
 REF_HELP = "name (its newest version), name@version or alias"
 
 ADD = """Check an adapter and add it to a library as a new version: all of it or nothing.
@@ -72,6 +89,12 @@ def add_hub(command: argparse.ArgumentParser) -> None:
         ("pull", add_pull, PULL),
         ("push", add_push, PUSH),
         ("train-gates", add_train_gates, TRAIN_GATES),
+        ("mix", add_mix, MIX),
+        ("average", add_average, AVERAGE),
+        ("negate", add_negate, NEGATE),
+        ("compress", add_compress, COMPRESS),
+        ("similarity", add_similarity, SIMILARITY),
+        ("cluster", add_cluster, CLUSTER),
     )
     for name, add, text in parts:
         one = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)

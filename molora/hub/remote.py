@@ -88,6 +88,7 @@ def pull(
         LoadError: it cannot be had, or cannot be trusted; all problems at once.
         ConfigError: address or name cannot be used.
     """
+    hub.disk.require_local("pulled into it")
     web = web or Web(endpoint, token, hosts=hosts)
     wanted = parse_address(address, web.endpoint)
     offline = False

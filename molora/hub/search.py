@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,9 @@ class Library(Protocol):
 
     def get(self, ref: str | Ref) -> Entry:
         """Return one adapter."""
+
+    def folder(self, ref: Ref) -> Path:
+        """Return the folder of a version, whose files are here then."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def search(
     entries = [entry for entry in entries if _fits(entry, task, kind)]
     entries = _of_base(entries, base) if base is not None else entries
     if like is not None:
-        scores, by = _by_deltas(hub.get(like), entries), "deltas"
+        scores, by = _by_deltas(hub, hub.get(like), entries), "deltas"
     elif embedder is not None:
         scores, by = _by_meaning(str(text), entries, embedder, embedder_name), "meaning"
     elif text is not None:
@@ -137,14 +141,15 @@ def _same_name(ours: str, wanted: str) -> bool:
     return ours == wanted or ("/" not in wanted and ours.rpartition("/")[2] == wanted)
 
 
-def _by_deltas(wanted: Entry, entries: Sequence[Entry]) -> dict[Ref, float]:
+def _by_deltas(hub: Library, wanted: Entry, entries: Sequence[Entry]) -> dict[Ref, float]:
     mine = read_deltas(wanted.folder)
     scores = {}
     for entry in entries:
         if entry.kind != "lora" or entry.ref == wanted.ref:
             continue
+        folder = hub.folder(entry.ref)
         try:
-            score = cosine(mine, read_deltas(entry.folder))
+            score = cosine(mine, read_deltas(folder))
         except LoadError:  # such as a LoRA on embeddings alone
             continue
         if score is not None:

@@ -84,17 +84,27 @@ class HubSource:
         web: the client.
         address: of the repository.
         revision: branch, tag or commit, in place of the address's own.
+        listed: what `list_repository` has returned, to be taken instead of asking again.
+        names: read these files of that very folder, which need be no adapter.
 
     Raises:
         LoadError: it cannot be read, or holds no adapter.
     """
 
-    def __init__(self, web: Web, address: Address, revision: str | None = None) -> None:
-        self.revision, every = list_repository(web, address, revision)
+    def __init__(
+        self,
+        web: Web,
+        address: Address,
+        revision: str | None = None,
+        *,
+        listed: tuple[str, dict[str, Any]] | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.revision, every = listed or list_repository(web, address, revision)
         self.web, self.repo = web, str(address.repo)
-        self.folder = _adapter_folder(address.folder, every, address.text)
-        prefix = f"{self.folder}/" if self.folder else ""
-        self.files = {name: _promise(name, every[prefix + name], self.repo) for name in FILES if prefix + name in every}
+        self.folder = address.folder if names else _adapter_folder(address.folder, every, address.text)
+        prefix, wanted = f"{self.folder}/" if self.folder else "", names or FILES
+        self.files = {n: _promise(n, every[prefix + n], self.repo) for n in wanted if prefix + n in every}
         self.where = f"hf://{self.repo}@{self.revision}{'/' * bool(self.folder)}{self.folder}"
 
     def read(self, name: str, start: int) -> Iterator[bytes]:
@@ -144,22 +154,27 @@ class StorageSource:
     Args:
         url: of the folder.
         options: of the file system, such as key and secret; see the documentation of s3fs, gcsfs, adlfs.
+        names: read these files of that very folder, which need be no adapter.
+
+    Attributes:
+        infos: what the file system tells about each file.
 
     Raises:
         LoadError: it cannot be read, or holds no adapter.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None, *, names: Sequence[str] = ()) -> None:
         self.fs, every = list_storage(url, options)
-        folder = _adapter_folder("", every, url)
+        folder = "" if names else _adapter_folder("", every, url)
         self.where, self.revision = f"{url}/{folder}".rstrip("/"), ""
         prefix, self._paths, self.files = f"{folder}/" if folder else "", {}, {}
-        for name in FILES:
+        self.infos: dict[str, Mapping[str, Any]] = {}
+        for name in names or FILES:
             info = every.get(prefix + name)
             if info is not None and info.get("islink"):
                 raise LoadError(f"{name} in '{url}' is a link; an adapter holds its files itself")
             if info is not None and isinstance(info.get("size"), int):
-                self._paths[name] = info["name"]
+                self._paths[name], self.infos[name] = info["name"], info
                 self.files[name] = RemoteFile(name, info["size"])
         for name, sha256 in self._hashes().items():
             if name in self.files:

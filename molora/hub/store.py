@@ -1,9 +1,11 @@
-"""Hub: a library of adapters in a folder, with versions, aliases, checks and search.
+"""Hub: a library of adapters in a folder, with versions, aliases, checks and search; or one elsewhere, to be read.
 
     hub = Hub("adapters_hub")
     hub.add("runs/news", "news", task="topic", description="Sorts headlines into topics.", licence="apache-2.0")
     hub.get("news@1").folder          # a PEFT folder: molora.import_peft, molora.load, PeftModel.from_pretrained
     hub.search(text="headlines")      # see search.py
+
+    Hub("hf://owner/library@3f2a...")  # or s3://bucket/library: read through the cache, see mirror.py
 
 Everything that is added is checked first (verify.py). How it is kept whole on disk is in disk.py.
 """
@@ -19,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, LoadError, did_you_mean, raise_all
+from .address import is_address
 from .card import CARD, AdapterCard
 from .compare import Difference, compare
 from .disk import LOCK_SECONDS, Disk
@@ -27,29 +30,61 @@ from .entry import Entry, newest
 from .index import Index
 from .intake import check, fill, make_card
 from .limits import Limits
+from .mirror import Mirror
 from .names import Ref, check_name, is_version, parse
 from .places import alias_problems, place
 from .search import Hit, search
+from .web import Unreachable, Web
 
 
 class Hub:
-    """A library of adapters in a folder; see disk.py for its layout.
+    """A library of adapters in a folder; see disk.py for its layout. Or one elsewhere, which is only read.
 
     Any number of processes may use one library at the same time.
 
     Args:
-        root: the folder; it is made with the first adapter.
+        root: the folder, which is made with the first adapter; or an address: hf://owner/name[@revision][/folder], a
+            page of the Hub, s3://bucket/folder and the like. A Hub repository is read at the commit that it had when it
+            was opened. The arguments below are for these.
         lock_seconds: how long a change waits for another process that is changing the library.
+        revision: branch, tag or commit of a Hub repository.
+        storage_options: of the fsspec file system.
+        cache_dir: of what is transferred.
+        progress: show bars; by default when stderr is a terminal.
+        web: the client of the Hub, as `Web(endpoint, token, hosts=...)`; by default with the saved token.
+
+    Raises:
+        LoadError: an address cannot be read, and was not before.
+        ConfigError: it is no address.
     """
 
-    def __init__(self, root: str | Path, *, lock_seconds: float = LOCK_SECONDS) -> None:
-        self.disk = Disk(root, lock_seconds)
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        lock_seconds: float = LOCK_SECONDS,
+        revision: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        progress: bool | None = None,
+        web: Web | None = None,
+    ) -> None:
+        if is_address(root):
+            how = {"options": storage_options, "cache_dir": cache_dir, "progress": progress}
+            self.disk: Disk = Mirror(str(root), web or Web(), revision=revision, lock_seconds=lock_seconds, **how)
+        else:
+            self.disk = Disk(root, lock_seconds)
         self.index = Index(self.disk)
 
     @property
     def root(self) -> Path:
-        """The folder of the library."""
+        """The folder of the library; of one elsewhere, that of its index."""
         return self.disk.root
+
+    @property
+    def where(self) -> str:
+        """Where the library is: its folder, or its address with the commit that it is read at."""
+        return self.disk.where
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -70,7 +105,14 @@ class Hub:
         if not entries:
             raise ConfigError(f"adapter '{resolved}' was removed by another process")
         raise_all(list(entries[0].problems), LoadError, f"adapter '{resolved}' is damaged")
+        self.disk.fetch(resolved)
+        if not entries[0].card.files:  # it was elsewhere without a card, and has one now that it is here
+            entries = [self.disk.entry(resolved)]
         return self._with_aliases(entries)[0]
+
+    def folder(self, ref: Ref) -> Path:
+        """Return the folder of a version (`name@version`); that of a library elsewhere comes into the cache first."""
+        return self.disk.fetch(ref)
 
     def resolve(self, ref: str | Ref) -> Ref:
         """Return name and version of what `name`, `name@version` or an alias stands for; raise ConfigError for none."""
@@ -136,9 +178,9 @@ class Hub:
         """
         if ref is not None:
             found = self.resolve(ref)
-            return {found: check(self.disk.folder(found), limits=limits)}
+            return {found: self._check(found, limits)}
         stamps, strays = self.disk.scan()
-        result = {found: check(self.disk.folder(found), limits=limits) for found in sorted(stamps)}
+        result = {found: self._check(found, limits) for found in sorted(stamps)}
         try:
             names = {name for name, _ in stamps}
             for alias, target in self.aliases().items():
@@ -151,6 +193,15 @@ class Hub:
         if self.disk.can_be_written():
             self.index.rebuild()
         return result | ({Ref(""): strays} if strays else {})
+
+    def _check(self, ref: Ref, limits: Limits | None) -> list[str]:
+        try:
+            folder = self.disk.fetch(ref, check=False)
+        except Unreachable:
+            raise
+        except LoadError as error:
+            return [str(error)]
+        return check(folder, limits=limits)
 
     # --- changing -----------------------------------------------------------------------------------------------------
 
@@ -193,6 +244,7 @@ class Hub:
             LoadError: the adapter cannot be trusted; all problems at once.
             ConfigError: name, version or card cannot be used.
         """
+        self.disk.require_local("added")
         check_name(name)
         if alias is not None:
             check_name(alias, "alias")
@@ -223,6 +275,7 @@ class Hub:
 
     def alias(self, alias: str, ref: str | Ref) -> Ref:
         """Let an alias stand for an adapter (always its newest version) or for one version; returns the target."""
+        self.disk.require_local("given another name")
         check_name(alias, "alias")
         with self.disk.changing():
             target, state = parse(ref), self.disk.state()
@@ -242,6 +295,7 @@ class Hub:
         Raises:
             ConfigError: there is no such adapter, `name` has several versions, or an alias stands for it.
         """
+        self.disk.require_local("removed")
         with self.disk.changing():
             self.disk.tidy()
             wanted, state = parse(ref), self.disk.state()

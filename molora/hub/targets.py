@@ -23,12 +23,14 @@ class Wanted:
         adapter: `name`, `name@version` or alias in the library.
         digest: sha256 over the files that it must have; None for any.
         like: for a mixture, the expert that a new one is routed like at first.
+        pin: for a server, whether it is never evicted.
     """
 
     name: str
     adapter: str
     digest: str | None = None
     like: str | None = None
+    pin: bool = False
 
 
 @dataclass(frozen=True)

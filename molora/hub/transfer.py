@@ -113,7 +113,7 @@ def cached(place: Path) -> Path | None:
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     folder = place / "files"
-    whole = files and all(file.name in FILES and _is_whole(folder / file.name, file) for file in files)
+    whole = files and all(file.name in FILES and is_whole(folder / file.name, file) for file in files)
     return folder if whole else None
 
 
@@ -126,7 +126,7 @@ def _room_for(place: Path, size: int, where: str) -> None:
 
 def _bring(source: Source, file: RemoteFile, path: Path, progress: Progress) -> None:
     """Download one file, unless it is there."""
-    if path.is_file() and _is_whole(path, file) and (file.sha256 or file.git):
+    if path.is_file() and is_whole(path, file) and (file.sha256 or file.git):
         progress(file.size)
         return
     part = path.with_name(path.name + PART)
@@ -153,7 +153,7 @@ def _bring(source: Source, file: RemoteFile, path: Path, progress: Progress) -> 
             )
         if idle:
             time.sleep(PAUSE * 2 ** (idle - 1))
-    if not _is_whole(part, file):
+    if not is_whole(part, file):
         part.unlink()  # it may be a part of something else; the next call starts anew
         raise LoadError(
             f"{file.name} from {source.where} is not what was promised: its "
@@ -187,7 +187,7 @@ def _append(source: Source, file: RemoteFile, part: Path, have: int, progress: P
     return ""
 
 
-def _is_whole(path: Path, file: RemoteFile) -> bool:
+def is_whole(path: Path, file: RemoteFile) -> bool:
     """Whether a file has the size and hash that were promised."""
     try:
         if path.is_symlink() or path.stat().st_size != file.size:

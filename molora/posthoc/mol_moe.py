@@ -103,6 +103,9 @@ def build(
 class PreferenceTuner:
     """The training loss of routers that follow a preference: texts are sampled, scored, rewarded and compared.
 
+    `molora.attach(trainer, tuner)` trains with it in a Trainer; the rows then hold `router_extra`, the preference (m
+    numbers), beside the prompt. Or call `loss` in a loop of your own.
+
     Args:
         model: a mixture that `build` has routed, for causal language modelling.
         properties: of token ids (N, T) of new tokens and of what of them counts (N, T) bool, the scores (N, m) >= 0.
@@ -149,6 +152,28 @@ class PreferenceTuner:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for router in self._routers for parameter in router.parameters()]
+
+    # --- what `molora.attach` asks for --------------------------------------------------------------------------------
+
+    columns = ("router_extra",)  # of the rows, beside the model's arguments
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """Return `loss` of a batch with `input_ids`, `attention_mask` and `router_extra`, the preferences (B, m)."""
+        missing = [name for name in ("input_ids", "router_extra") if batch.get(name) is None]
+        if missing:
+            raise ConfigError(
+                f"tuning preferences needs {', '.join(missing)} in every batch: rows of the training data hold a "
+                "prompt, padded on the left, and router_extra (m numbers: how much of each property is asked for)"
+            )
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+        return self.loss(prompts, batch["router_extra"].float())
+
+    def report(self) -> dict[str, float]:
+        """Return what is worth logging: the mean reward, since the loss itself is 0."""
+        return {"reward": self.mean_reward}
+
+    # --- in one's own loop --------------------------------------------------------------------------------------------
 
     def loss(self, prompts: Mapping[str, Tensor], weights: Tensor) -> Tensor:
         """Return a scalar of value 0 whose gradient is minus that of the expected reward, KL penalty included.

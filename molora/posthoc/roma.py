@@ -6,26 +6,32 @@ W is a Gaussian kernel of the samples' embeddings, divided by its sum over the n
 the last token at the routers of the last blocks, and r_j is a stored target without gradient. Everything but those
 routers is frozen. `weight`, the kernel's width and the embeddings of the paper are not known to us.
 
-    roma.build(model, layers=5)
-    tuner = Roma(model, layers=5)
-    tuner.collect(samples)                              # pairs (batch with labels, embeddings (B, d)), in order
-    loss = tuner.loss(batch, embeddings, ids)           # in the training loop; collect again when targets grow stale
+    model = molora.compose(base, loras, router="roma")  # or roma.build(model), where routers were trained before
+    tuner = Roma(model)
+    molora.attach(trainer, tuner)                       # rows bring `embeddings` and `sample_ids`; see batch_loss
+
+or in a loop of one's own
+
+    tuner.collect(samples)                              # (batch with labels, embeddings (B, d)), in order
+    loss = tuner.loss(batch, embeddings, ids)           # collect again when targets grow stale
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..control import add_aux, trace_of
+from ..control import add_aux, trace_of, tuner_of
 from ..errors import AuxLossError, ConfigError
 from ..plan import depth_of, place_of
+from ..registry import split_spec
 from ..routing.trace import Site
 from ..routing.types import Context, Routing
-from .rerouting import posthoc_routers, routers_of, sites_of
+from .rerouting import posthoc_routers, reroute, routers_of, sites_of
 from .scoring import Batch, base_of, inputs_of, row_losses, row_matches
 
 
@@ -33,8 +39,11 @@ from .scoring import Batch, base_of, inputs_of, row_losses, row_matches
 def build(model: nn.Module, adapter: str = "default", *, layers: int = 5) -> nn.Module:
     """Freeze a model but for the routers of its last blocks, which RoMA tunes; decisions stay as they are.
 
+    A mixture whose experts all weigh the same and whose routers learn nothing, as `compose` makes it of LoRAs, gets
+    linear routers that begin with these weights.
+
     Args:
-        model: a wrapped model whose routers learn, trained or not.
+        model: a wrapped model whose routers learn, trained or not, or whose experts all weigh the same.
         adapter: the name of the mixture.
         layers: how many of the last transformer blocks; 5 was best in the paper.
 
@@ -45,6 +54,8 @@ def build(model: nn.Module, adapter: str = "default", *, layers: int = 5) -> nn.
         ConfigError: no router with anything to learn stands there; nothing is changed.
     """
     chosen = last_sites(model, adapter, layers)
+    if _weighs_all_alike(tuner_of(model).peft_config[adapter]):
+        reroute(model, adapter, scorer={"name": "linear", "init": 0.0}, experts={"frozen": "all"})
     routers = [
         router
         for path, router in zip(sites_of(model, adapter), routers_of(model, adapter), strict=True)
@@ -53,8 +64,9 @@ def build(model: nn.Module, adapter: str = "default", *, layers: int = 5) -> nn.
     learning = [parameter for router in routers for parameter in router.parameters()]
     if not learning or all(router.weights == "frozen" for router in routers):
         raise ConfigError(
-            f"the routers of the last {layers} blocks have nothing to learn; route the mixture by a scorer that "
-            "learns, such as linear"
+            f"the routers of the last {layers} blocks have nothing to learn; make the mixture of its LoRAs by "
+            "molora.compose(model, adapters, router='roma'), or route it by a recipe whose scorer learns, such as "
+            "router={'scorer': 'linear', 'selector': 'softmax'}, and then by molora.posthoc.route(model, 'roma')"
         )
     model.requires_grad_(False)
     for parameter in learning:
@@ -62,6 +74,13 @@ def build(model: nn.Module, adapter: str = "default", *, layers: int = 5) -> nn.
     for router in routers:
         router.freeze()
     return model
+
+
+def _weighs_all_alike(config: Any) -> bool:
+    """Whether a config gives every expert the same gate, whatever comes."""
+    scorer, selector = split_spec(config.scorer, "scorer"), split_spec(config.selector, "selector")
+    constant = scorer[0] == "constant" and scorer[1].get("learn", True) is False
+    return constant and config.link == "softmax" and selector == ("softmax", {}) and config.branches is None
 
 
 def last_sites(model: nn.Module, adapter: str = "default", layers: int = 5) -> list[str]:
@@ -131,7 +150,8 @@ class Roma:
 
     Attributes:
         sites: the layers whose decisions count.
-        ids: of the stored samples: the position of each among all samples that were collected.
+        ids: of the stored samples: the position of each among all samples that were collected, or its own number.
+        pull: the second term of the latest loss, not weighted.
     """
 
     def __init__(
@@ -147,17 +167,21 @@ class Roma:
         self.model, self.adapter, self.k, self.weight, self.width = model, adapter, k, float(weight), width
         self.sites = last_sites(model, adapter, layers)
         self.ids: list[int] = []
+        self.pull = float("nan")
         self._embeddings = self._targets = torch.empty(0)
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def collect(
-        self, samples: Iterable[tuple[Batch, Tensor]], is_correct: Callable[[Batch], Tensor] | None = None
+        self,
+        samples: Iterable[tuple[Batch, Tensor] | tuple[Batch, Tensor, Tensor | Sequence[int]]],
+        is_correct: Callable[[Batch], Tensor] | None = None,
     ) -> int:
         """Store how the model routes the samples that it answers correctly; what was stored before is forgotten.
 
         Args:
-            samples: pairs of a batch with labels and embeddings (B, d) of its rows.
+            samples: a batch with labels, embeddings (B, d) of its rows, and perhaps a number for each row, which
+                `loss` knows it by; by default its position among all rows.
             is_correct: of a batch, (B,) bool; by default whether the likeliest token is right at every label.
 
         Returns:
@@ -167,11 +191,12 @@ class Roma:
         was_training = self.model.training
         self.model.eval()
         try:
-            for batch, own in samples:
+            for batch, own, *numbers in samples:
                 right = (is_correct or self._matches)(batch).cpu()
                 with self._reading():
                     self.model(**inputs_of(self.model, batch))
-                ids += [count + row for row in range(len(right)) if right[row]]
+                known = [int(number) for number in numbers[0]] if numbers else range(count, count + len(right))
+                ids += [number for row, number in enumerate(known) if right[row]]
                 embeddings.append(own.detach().cpu().float()[right])
                 targets.append(self._routing().cpu()[right])
                 count += len(right)
@@ -181,6 +206,35 @@ class Roma:
             raise ConfigError(f"the model answered none of {count} samples correctly, so there is nothing to imitate")
         self.ids, self._embeddings, self._targets = ids, torch.cat(embeddings), torch.cat(targets)
         return len(ids)
+
+    # --- what `molora.attach` asks for --------------------------------------------------------------------------------
+
+    columns = ("embeddings", "sample_ids")  # of the rows, beside the model's arguments
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """Return `loss` of a batch that also holds `embeddings` (B, d) and `sample_ids` (B,)."""
+        inputs, embeddings, ids = self._taken(batch)
+        return self.loss(inputs, embeddings, ids.tolist())
+
+    def begin_epoch(self, batches: Iterable[Batch]) -> None:
+        """Collect anew, from batches as `batch_loss` takes them."""
+        self.collect(self._taken(batch) for batch in batches)
+
+    def report(self) -> dict[str, float]:
+        """Return what is worth logging: the term of imitation, and how many samples there are to imitate."""
+        return {"imitation": self.pull, "imitated": float(len(self.ids))}
+
+    def _taken(self, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+        missing = [name for name in (*self.columns, "labels") if batch.get(name) is None]
+        if missing:
+            raise ConfigError(
+                f"RoMA needs {', '.join(missing)} in every batch: rows of the training data hold embeddings (d "
+                "numbers) and sample_ids (a whole number, another for each row) beside the model's arguments and labels"
+            )
+        inputs = {name: value for name, value in batch.items() if name not in self.columns}
+        return inputs, batch["embeddings"], batch["sample_ids"]
+
+    # --- in one's own loop --------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, embeddings: Tensor, ids: Sequence[int] | None = None) -> Tensor:
         """Return `CE + weight * imitation` of one training forward, auxiliary losses of the adapter included.
@@ -193,8 +247,9 @@ class Roma:
         with self._reading():
             task = row_losses(self.model, batch).mean()
         task = add_aux(self.model, task)
-        routing = self._routing()
-        return task + self.weight * self.imitation(routing, embeddings, ids)
+        pull = self.imitation(self._routing(), embeddings, ids)
+        self.pull = float(pull.detach())
+        return task + self.weight * pull
 
     def imitation(self, routing: Tensor, embeddings: Tensor, ids: Sequence[int] | None = None) -> Tensor:
         """Return the second term for routing (B, L, E) and embeddings (B, d), not yet weighted."""

@@ -4,19 +4,30 @@ Hooks see the loss only when the model computes it. With label smoothing, a `com
 builds its loss from logits, the loss is formed outside; `attach(trainer)` adds the auxiliary loss there, with the same
 scaling, and runs the batch as often as an `objective` wants. It also moves schedules and prices with the optimizer's
 steps.
+
+Routers that are trained by a loss of their own (RoMA, preferences) bring a tuner, which makes the loss of each batch
+from the batch itself: `attach(trainer, tuner)`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..compat import labels_are_shifted, loss_is_shifted, world_size_of
-from ..control import set_progress, settle, trace_of
+from ..compat import (
+    accumulation_left_to_the_loss,
+    keep_columns,
+    labels_are_shifted,
+    loss_is_shifted,
+    world_size_of,
+)
+from ..control import set_progress, settle, trace_of, tuner_of
+from ..errors import ConfigError, raise_all
+from ..hooks import OWN_ARGUMENTS
 from .objectives import objective_of, run
 
 
@@ -35,7 +46,40 @@ class ProgressCallback(TrainerCallback):
         settle(self.model)
 
 
-def attach(trainer: Any) -> Any:
+class Tuner(Protocol):
+    """What trains routers by a loss of its own: `molora.posthoc.roma.Roma`, `molora.posthoc.mol_moe.PreferenceTuner`.
+
+    It may also have `begin_epoch(batches)`, which is called with the training data, in order, when an epoch begins.
+
+    Attributes:
+        model: the wrapped model that it tunes.
+        columns: of the data, beside the arguments of the model.
+    """
+
+    model: nn.Module
+    columns: tuple[str, ...]
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """Return the training loss of a batch, a mean over its rows, auxiliary losses included or still pending."""
+
+    def report(self) -> dict[str, float]:
+        """Return what is worth logging beside the loss."""
+
+
+class EpochCallback(TrainerCallback):
+    """Shows a tuner the training data whenever an epoch begins."""
+
+    def __init__(self, trainer: Any, tuner: Any) -> None:
+        self.trainer, self.tuner = trainer, tuner
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Run through the training data in order; the order of training, and its random numbers, are left alone."""
+        with torch.random.fork_rng():  # a loader draws a number when it begins
+            batches = self.trainer.get_test_dataloader(self.trainer.train_dataset)
+            self.tuner.begin_epoch(self.trainer._prepare_inputs(batch) for batch in batches)
+
+
+def attach(trainer: Any, tuner: Tuner | None = None) -> Any:
     """Make a Trainer add the auxiliary loss to whatever loss it forms, and drive schedules and prices.
 
     Works for Trainer and its subclasses (TRL) by wrapping this instance's `compute_loss`. Calling it twice does nothing
@@ -43,12 +87,22 @@ def attach(trainer: Any) -> Any:
 
     Args:
         trainer: a transformers Trainer whose model was wrapped by molora.
+        tuner: makes the training loss in place of the trainer; evaluation is the trainer's as before. Its columns are
+            kept in the data, and what it reports is logged.
 
     Returns:
         The same trainer.
+
+    Raises:
+        ConfigError: the tuner is of another model, cannot be used in this trainer, or comes too late.
     """
     if getattr(trainer, "_molora_attached", False):
+        if tuner is not None and trainer._molora_tuner is not tuner:
+            raise ConfigError("this trainer is attached already, without this tuner; call attach(trainer, tuner) once")
         return trainer
+    if tuner is not None:
+        _check_tuner(trainer, tuner)
+        _serve_tuner(trainer, tuner)
     trace = trace_of(trainer.model)
     inner = trainer.compute_loss
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
@@ -57,6 +111,13 @@ def attach(trainer: Any) -> Any:
     @functools.wraps(inner)
     def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         total = kwargs.get("num_items_in_batch")
+        if tuner is not None and model.training and torch.is_grad_enabled():
+            parts = accumulation_left_to_the_loss(trainer, total)
+            loss = tuner.batch_loss(inputs)
+            loss = (trace.aux.add_to(loss) if trace.aux.pending else loss) / parts
+            return (loss, {}) if return_outputs else loss
+        if tuner is not None:  # the model knows its own arguments only
+            inputs = {k: v for k, v in inputs.items() if k not in tuner.columns or k in OWN_ARGUMENTS}
         # Trainer takes the labels out of the inputs, so count them first.
         share, labels = 1.0, inputs.get("labels")
         scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
@@ -79,5 +140,35 @@ def attach(trainer: Any) -> Any:
 
     trainer.compute_loss = compute_loss
     trainer.add_callback(ProgressCallback(trainer.model))
-    trainer._molora_attached = True
+    trainer._molora_attached, trainer._molora_tuner = True, tuner
     return trainer
+
+
+def _check_tuner(trainer: Any, tuner: Tuner) -> None:
+    """Raise ConfigError when a trainer cannot train by a tuner's loss; all problems at once."""
+    problems = []
+    if tuner_of(tuner.model) is not tuner_of(trainer.model):
+        problems.append("the tuner was made for another model than the trainer's")
+    if objective_of(trainer.model) is not None:
+        problems.append(
+            f"the adapter has the objective '{objective_of(trainer.model).name}' too; choose one of the two"
+        )
+    if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
+        problems.append("it runs the model itself, past what averages gradients of several processes; train in one")
+    if trainer.args.use_liger_kernel:
+        problems.append("use_liger_kernel leaves out the logits that it needs; set it to False")
+    raise_all(problems, ConfigError, "this tuner cannot train in this trainer")
+
+
+def _serve_tuner(trainer: Any, tuner: Tuner) -> None:
+    """Keep the columns that a tuner reads, show it the data, and log what it reports."""
+    keep_columns(trainer, tuner.columns)
+    if hasattr(tuner, "begin_epoch"):
+        trainer.add_callback(EpochCallback(trainer, tuner))
+    inner = trainer.log
+
+    @functools.wraps(inner)
+    def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        inner({**logs, **tuner.report()} if "loss" in logs else logs, *args, **kwargs)
+
+    trainer.log = log

@@ -29,7 +29,8 @@ FLAGS = {
     "remove": f"ref {EACH} --all-versions",
     "alias": f"alias ref {EACH}",
 }
-MORE = {"pull", "push", "train-gates"}  # frozen in tests of their own
+SUMS = {"mix", "average", "negate", "compress", "similarity", "cluster"}
+MORE = {"pull", "push", "train-gates"} | SUMS  # frozen in tests of their own
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_the_index_says_what_the_folders_say(hub):
 
 def test_a_second_look_reads_no_folder(hub, monkeypatch):
     hub.list()
-    monkeypatch.setattr(index_module, "read_entry", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("molora.hub.disk.read_entry", lambda *_: pytest.fail("read again"))
     assert len(Hub(hub.root).list()) == 4
     (hub.root / "news/1" / CARD).touch()
     with pytest.raises(pytest.fail.Exception):

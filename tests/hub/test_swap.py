@@ -117,6 +117,9 @@ def test_every_request_of_four_threads_sees_one_adapter_while_a_fifth_swaps(lora
     mixture = live(model)
     stop, got, errors, swaps = threading.Event(), [], [], 0
 
+    def which(found):
+        return next((number for number, one in enumerate(want) if same(found, one)), None)
+
     def generate(explicit):
         try:
             while not stop.is_set():
@@ -132,8 +135,12 @@ def test_every_request_of_four_threads_sees_one_adapter_while_a_fifth_swaps(lora
     threads = [threading.Thread(target=generate, args=(kind,)) for kind in (True, True, True, False)]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 4
-    while time.monotonic() < end and not errors:
+    begin, seen = time.monotonic(), set()
+    while not errors and time.monotonic() < begin + 20:
+        if time.monotonic() > begin + 1.5 and swaps > 30:  # long enough, when every adapter had its turn
+            seen |= {which(got.pop()) for _ in range(len(got))}
+            if seen == {0, 1, 2}:
+                break
         swaps += 1
         mixture.swap("x", loras[swaps % 3])
         time.sleep(0.002)
@@ -141,8 +148,8 @@ def test_every_request_of_four_threads_sees_one_adapter_while_a_fifth_swaps(lora
     for thread in threads:
         thread.join(30)
     assert not errors and not any(thread.is_alive() for thread in threads)
-    seen = {next((n for n, one in enumerate(want) if same(scores_, one)), None) for scores_ in got}
-    assert seen == {0, 1, 2}, f"{len(got)} requests, {swaps} swaps"
+    seen |= {which(scores_) for scores_ in got}
+    assert seen == {0, 1, 2}, f"{swaps} swaps"
     assert mixture.free == 2 and swaps > 10
 
 
@@ -375,17 +382,18 @@ def test_compiled_code_stays_valid(loras):
         counts.append(1)
         return graph.forward
 
+    logits_of(model)  # the trace looks at a first forward, too
     run = torch.compile(model, backend=backend)
     with torch.no_grad():
-        for turn, number in enumerate([0, 0, 1, 2, 3]):  # a first forward is looked at by the trace, too
+        for turn, number in enumerate([0, 1, 2, 3]):
             folder = some(loras, number)
-            if turn > 1:
+            if turn > 0:
                 live(model).swap("x", folder)
             with live(model).using(alone=True):
                 got = run(**PROMPT, use_cache=False).logits
             want = logits_of(compose(tiny_llama(num_hidden_layers=1), {"x": folder}))
             assert torch.allclose(got, want, atol=1e-5), turn
-            if turn == 1:
+            if turn == 0:
                 first = len(counts)
     assert len(counts) == first > 0  # nothing was compiled again
 

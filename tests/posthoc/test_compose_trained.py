@@ -6,6 +6,7 @@ import torch
 import molora
 from molora import ConfigError
 from molora.posthoc.registry import posthoc_routers
+from molora.posthoc.rerouting import routers_of
 from tests.posthoc.mixtures import save_loras
 from tests.tiny import tiny_gpt2, tiny_inputs, tiny_llama
 
@@ -64,5 +65,20 @@ def test_what_needs_data_says_so(tmp_path):
     for name, wanted in (("lorahub", "give either examples"), ("kshot", "give either examples or a score")):
         with pytest.raises(ConfigError, match=wanted):
             molora.compose(tiny_llama(), folders, router=name)
-    with pytest.raises(ConfigError, match="nothing to learn"):
-        molora.compose(tiny_llama(), folders, router="roma")
+
+
+def test_roma_of_loras_begins_as_the_uniform_mixture_and_learns_in_the_last_blocks(tmp_path):
+    folders = save_loras(tmp_path, 3)
+    model = molora.compose(tiny_llama(), folders, router={"name": "roma", "layers": 1}).eval()
+    assert torch.allclose(
+        logits(model, tiny_llama), logits(molora.compose(tiny_llama(), folders), tiny_llama), atol=1e-6
+    )
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning and all(".layers.1." in name and "molora_router" in name for name in learning)
+    for router in routers_of(model):
+        torch.nn.init.normal_(router.scorer.weight, std=0.2)
+    molora.save(model, tmp_path / "saved")
+    assert torch.equal(logits(molora.load(tiny_llama(), tmp_path / "saved"), tiny_llama), logits(model, tiny_llama))
+    arrow = molora.compose(tiny_llama(), folders, router="arrow")
+    with pytest.raises(ConfigError, match=r"nothing to learn.*router='roma'"):
+        molora.posthoc.route(arrow, "roma")

@@ -62,6 +62,19 @@ def from_mttl(library: str | Path, name: str, folder: str | Path, *, dtype: torc
     return save_change(Change(name, layers, {key: v for key, v in about.items() if v}), folder, dtype=dtype)
 
 
+def experts_of(library: str | Path) -> list[str]:
+    """Return the names of the experts of an mttl library that are not marked as deleted, in order."""
+    found = []
+    for path in sorted(Path(library).glob("*.meta")):
+        try:
+            meta = read_plain(path)
+        except LoadError:
+            meta = None  # `from_mttl` tells why
+        if not (isinstance(meta, Mapping) and meta.get("expert_deleted")):
+            found.append(path.stem)
+    return found
+
+
 def _layers(tensors: Mapping[str, Tensor], rank: int, scale: float, problems: list[str]) -> dict[str, Pair]:
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
