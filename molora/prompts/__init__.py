@@ -1,0 +1,1 @@
+"""Choosing adapters by the prompt: embedders, selectors that are fitted on examples, guards that abstain, bandits."""
