@@ -1,0 +1,26 @@
+"""Fixtures of the tests of serving."""
+
+import pytest
+
+from tests.serve.databases import KINDS, empty_url, opened, postgres
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """One PostgreSQL for the whole run."""
+    with postgres() as database:
+        yield database
+
+
+@pytest.fixture(params=KINDS)
+def database_url(request):
+    """The URL of an empty database: SQLite and PostgreSQL."""
+    with empty_url(request.param, request) as url:
+        yield url
+
+
+@pytest.fixture
+def tenants(database_url):
+    """Tenants in a new database, on SQLite and on PostgreSQL, with a clock that the test moves."""
+    with opened(database_url) as found:
+        yield found
