@@ -202,11 +202,38 @@ class RoutedLinear(RoutedLayer):
             bank = banks.get(adapter)
             if bank is None:
                 continue
-            gates = self.trace.given(self.sites[adapter], routers.get(adapter), x, given)
-            if in_place and self._calls.add(adapter, bank, gates, y, x):
+            router = routers.get(adapter)
+            alone = in_place and given.gates is None and router is not None
+            if alone and self._decide_and_serve(adapter, bank, router, y, x, given):
+                continue
+            gates = self.trace.given(self.sites[adapter], router, x, given)
+            if in_place and bank.in_kernels and self._calls.add(adapter, bank, gates, y, x):
                 continue
             y = bank.add_to(y, x, gates, in_place=in_place, sparse=True)
         return y
+
+    def _decide_and_serve(self, adapter: str, bank: Any, router: Any, y: Tensor, x: Tensor, rows: Rows) -> bool:
+        """Decide and add into y in one call, for the tokens that want it; False, and y as it was, when that cannot be.
+
+        As in `forward`, only where nobody else needs the decision.
+        """
+        site = self.sites[adapter]
+        if site.shared or site.edits or bank.drops or not bank.in_kernels or not self.trace.is_silent(site):
+            return False
+        chosen = rows.chosen
+        if rows.mask is None or (chosen is not None and chosen[1].numel() == rows.mask.numel()):
+            done = self._calls.decide_and_add(adapter, bank, router, y, x)
+        else:
+            lead = (x.shape[0], 1) if rows.mask.shape[0] > 1 else (1, x.shape[1])
+            if x.dim() != 3 or chosen is None or rows.mask.shape[:2] != lead:
+                return False
+            part, out = x.index_select(*chosen), y.index_select(*chosen)
+            done = self._calls.decide_and_add(adapter, bank, router, out, part)
+            if done:
+                y.index_copy_(*chosen, out)
+        if done:
+            self.trace.notice(site)
+        return done
 
     def _rescale(self, active: list[str], x: Tensor) -> Tensor:
         """Return the input of the base layer, changed by the experts that act on it; routers see x as it came."""

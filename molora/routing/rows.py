@@ -8,6 +8,7 @@ which rows its own router decides for. Adapters that do not occur cost nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,3 +37,12 @@ class Rows:
                 )
         if self.gates is not None and self.mask is not None:
             raise ValueError("rows have gates, or a mask of the router's gates, not both")
+
+    @cached_property
+    def chosen(self) -> tuple[int, Tensor] | None:
+        """The axis and the places along it of the ones in the mask; None when there is no mask of ones and zeros."""
+        if self.mask is None:
+            return None
+        axis = int(self.mask.shape[0] == 1)
+        places = self.mask.flatten().nonzero()[:, 0]
+        return (axis, places) if bool((self.mask.flatten()[places] == 1).all()) else None

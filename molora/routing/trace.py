@@ -237,7 +237,10 @@ class Trace:
         )
 
     def reorder(self, cache: Any, rows: Tensor | None) -> None:
-        """Follow a cache whose rows were picked anew (beams) in what routers remember; None: forget all of it."""
+        """Follow a cache whose rows were picked anew (beams, or a served batch that some rows have left) in what
+        routers remember, None: forget all of it, and in the per-prompt decisions that belong to it."""
+        if rows is not None and cache in self._kept:
+            self._kept[cache] = {group: _picked(kept, rows) for group, kept in self._kept[cache].items()}
         past = self._past.get(cache)
         if past is not None and rows is None:
             del self._past[cache]
@@ -334,7 +337,11 @@ class Trace:
             self.notice(site)
             return _as_input(rows.gates, hidden, x)
         gates = self.decide(site, router, x)
-        return gates if rows.mask is None else gates * _as_input(rows.mask, hidden, x)
+        if rows.mask is None:
+            return gates
+        mask = _as_input(rows.mask, hidden, x)
+        # not a product alone: a router may fail with NaN on rows that are not its own
+        return torch.where(mask == 0, 0.0, gates * mask)
 
     def rows_of(self, site: Site, x: Tensor) -> tuple[Tensor, Context]:
         """Return the input x (..., d) of a site as (B, S, d), and what the forward that is open knows about it."""
@@ -468,6 +475,16 @@ def _rows_of(remembered: Any, rows: Tensor) -> Any:
     if isinstance(remembered, (list, tuple)):
         return type(remembered)(_rows_of(value, rows) for value in remembered)
     return remembered
+
+
+def _picked(routing: Routing, rows: Tensor) -> Routing:
+    """Pick rows of a decision."""
+    always = None if routing.always is None else _rows_of(routing.always, rows)
+    choices = None if routing.choices is None else _rows_of(routing.choices, rows)
+    branches = tuple(_picked(branch, rows) for branch in routing.branches)
+    passes = tuple((None if x is None else _rows_of(x, rows), _rows_of(gates, rows)) for x, gates in routing.passes)
+    own = [_rows_of(table, rows) for table in (routing.scores, routing.probs, routing.gates)]
+    return Routing(*own, always, choices, None, branches, passes)  # notes are for losses
 
 
 def _part(routing: Routing, site: Site) -> Routing:

@@ -105,3 +105,17 @@ def test_rows_that_do_not_fit_are_refused():
         Rows(gates=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="not both"):
         Rows(gates=torch.zeros(1, 1, 4), mask=torch.ones(1, 1, 1))
+
+
+def test_a_router_that_fails_harms_no_other_row():
+    model = _served()
+    ids = torch.randint(3, 90, (2, 4), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "molora_router.mixture" in name:
+                parameter.fill_(float("nan"))
+    mask = torch.tensor([1.0, 0.0]).reshape(2, 1, 1)
+    found = _logits(model, ids, {"mixture": Rows(mask=mask)})
+    assert torch.allclose(found[1], _logits(model, ids, {})[1], atol=2e-5)
+    model.base_model.trace.readers.append(lambda *told: None)  # the way of a batch that somebody watches
+    assert torch.allclose(_logits(model, ids, {"mixture": Rows(mask=mask)})[1], found[1], atol=2e-5)
