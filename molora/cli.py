@@ -8,6 +8,7 @@ input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -65,6 +66,33 @@ example:
   molora export mixed --expert news --out news_lora
   molora export mixed --weight news=0.7 --weight law=0.3 --out blend"""
 
+MIGRATE = """Bring what other libraries have saved into molora: X-LoRA, MixLoRA of MoE-PEFT, experts of mttl, and gates
+that mergekit starts from prompts.
+
+example:
+  molora migrate xlora ./xlora --model ./llama --out mixed
+  molora migrate mttl ./library --out loras"""
+
+TENANTS = """Say who may use a server: tenants with keys, rights, limits and weights, and what they have used.
+
+example:
+  molora tenants add news --model headlines --requests-per-minute 60
+  molora tenants list
+  molora tenants usage --since 2026-01-01"""
+
+SERVE = """Serve one base model to many tenants, each with adapters or mixtures of their own, over OpenAI's HTTP API.
+
+example:
+  molora serve --model ./llama --hub adapters_hub
+  molora serve --config serve.yaml --tenants tenants.yaml --port 8000
+  molora serve --config serve.yaml --check                 start, print what was started, and stop"""
+
+PROMPTS = """Choose adapters by the prompt: fit a selector on example prompts, and ask it.
+
+example:
+  molora prompts fit --hub adapters_hub --out selector
+  molora prompts ask "Who won the cup final?" --selector selector"""
+
 
 class UsageError(Exception):
     """A mistake in the arguments."""
@@ -104,9 +132,16 @@ def build_parser() -> Parser:
         ("hub", _hub, HUB),
         ("compose", _compose, COMPOSE),
         ("export", _export, EXPORT),
+        ("prompts", _prompts, PROMPTS),
+        ("migrate", _migrate, MIGRATE),
+        ("serve", _serve, SERVE),
+        ("tenants", _tenants, TENANTS),
     ):
         command = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)
-        add(command)
+        if add in LATE:
+            command.fill = functools.partial(add, command)
+        else:
+            add(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -185,31 +220,52 @@ def _doctor(command: Parser) -> None:
     _add_fields(command)
 
 
+# The arguments of these are added when they are asked for, since each has files of its own.
+
+
 def _hub(command: Parser) -> None:
-    def fill() -> None:
-        from molora.hub.parser import add_hub  # only when it is asked for
+    from molora.hub.parser import add_hub
 
-        add_hub(command)
-
-    command.fill = fill
+    add_hub(command)
 
 
 def _compose(command: Parser) -> None:
-    def fill() -> None:
-        from molora.hub.compose_commands import add_compose
+    from molora.hub.compose_commands import add_compose
 
-        add_compose(command)
-
-    command.fill = fill
+    add_compose(command)
 
 
 def _export(command: Parser) -> None:
-    def fill() -> None:
-        from molora.hub.compose_commands import add_export
+    from molora.hub.compose_commands import add_export
 
-        add_export(command)
+    add_export(command)
 
-    command.fill = fill
+
+def _migrate(command: Parser) -> None:
+    from molora.hub.migrate_commands import add_migrate
+
+    add_migrate(command)
+
+
+def _tenants(command: Parser) -> None:
+    from molora.serve.tenants.parser import add_tenants
+
+    add_tenants(command)
+
+
+def _serve(command: Parser) -> None:
+    from molora.serve.parser import add_serve
+
+    add_serve(command)
+
+
+def _prompts(command: Parser) -> None:
+    from molora.prompts.command import add_prompts
+
+    add_prompts(command)
+
+
+LATE = (_hub, _compose, _export, _prompts, _migrate, _serve, _tenants)
 
 
 def _add_set(command: Parser) -> None:

@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     logging.set_verbosity_error()  # what matters is said by molora
     getLogger("bitsandbytes").setLevel(ERROR)
     commands = {"train": train, "eval": evaluate, "inspect": inspect, "recipes": recipes, "doctor": doctor, "hub": hub}
-    commands |= {"compose": compose, "export": export}
+    commands |= {"compose": compose, "export": export, "prompts": prompts, "migrate": migrate, "tenants": tenants}
+    commands |= {"serve": serve}
     command = commands[args.command]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -281,3 +282,33 @@ def export(args: argparse.Namespace) -> int:
     from .hub.compose_commands import export as run
 
     return run(args)
+
+
+def prompts(args: argparse.Namespace) -> int:
+    """Fit a selector on example prompts, or ask it."""
+    from .prompts.command import run
+
+    return run(args)
+
+
+def migrate(args: argparse.Namespace) -> int:
+    """Bring what other libraries have saved into molora."""
+    from .hub.migrate_commands import run
+
+    return run(args)
+
+
+def tenants(args: argparse.Namespace) -> int:
+    """Say who may use a server."""
+    try:
+        from .serve.tenants.command import run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"package '{error.name}' is missing: pip install 'molora[serve]'") from None
+    return run(args)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve a model until told to stop."""
+    from .serve.command import run as run_server
+
+    return run_server(args)

@@ -65,8 +65,13 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         {"torch"},
         "which routed layer a module becomes",
     ),
+    "calls": (set(), {"torch"}, "what belongs to one call while it runs; torch, to know compiled code"),
     "first_pass": ({"errors", "compat", "routing"}, {"torch"}, "runs the model without adapters, for X-LoRA"),
-    "hooks": ({"errors", "compat", "first_pass", "routing"}, {"torch"}, "surrounds the forward of a base model"),
+    "hooks": (
+        {"errors", "calls", "compat", "first_pass", "routing"},
+        {"torch"},
+        "surrounds the forward of a base model",
+    ),
     "tuner": (
         {"errors", "plan", "fingerprint", "undo", "compat", "config", "layers", "hooks", "routing", "experts", "sites"},
         {"torch", "peft", "accelerate"},
@@ -89,8 +94,9 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         {"torch"},
         "changes a mixture that is there: more experts, new tasks",
     ),
+    "base_weights": (set(), {"torch"}, "compares saved weights with those of a base"),
     "from_peft": (
-        {"errors", "plan", "compat", "config", "control", "files", "undo", "wrapping"},
+        {"base_weights", "errors", "plan", "compat", "config", "control", "files", "undo", "wrapping"},
         {"torch", "peft"},
         "reads LoraConfig and LoRA tensors",
     ),
@@ -118,7 +124,8 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         "routers made after training; numpy and cmaes for the searches that have no gradient",
     ),
     "train": (
-        {"molora", "errors", "registry", "compat", "config", "control", "checkpoint", "files", "wrapping", "routing"},
+        {"molora", "errors", "registry", "compat", "config", "control", "checkpoint", "files", "hooks", "wrapping"}
+        | {"routing"},
         {"torch", "peft", "transformers", "datasets", "huggingface_hub", "yaml"},
         "drives transformers' Trainer over datasets; the version of molora goes into the record of a run",
     ),
@@ -145,12 +152,29 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         {"torch", "peft", "transformers", "safetensors", "huggingface_hub", "fsspec", "filelock", "yaml"},
         "a library on disk and its commands; filelock, so that one process at a time changes it",
     ),
+    "prompts": (
+        {"errors", "registry", "files", "fingerprint", "compat", "train", "hub"},
+        {"torch", "safetensors", "transformers"},
+        "chooses adapters by the prompt; transformers in its embedders, train to load a model for the command",
+    ),
+    "serve": (
+        {"errors", "registry", "plan", "files", "fingerprint", "compat", "config", "control", "checkpoint", "from_peft"}
+        | {"layers", "tuner", "wrapping", "routing", "experts", "train", "reports", "hub", "prompts"},
+        {"torch", "peft", "transformers", "accelerate", "yaml", "sqlalchemy", "fastapi", "starlette", "pydantic"}
+        | {"prometheus_client", "uvicorn"},
+        "one model, many tenants: FastAPI for HTTP, SQLAlchemy for who may use what; only the command line imports it",
+    ),
     "commands": (
-        {"errors", "registry", "paths", "config", "files", "experts", "routing", "train", "reports", "hub"},
+        {"errors", "registry", "paths", "config", "files", "experts", "routing", "train", "reports", "hub", "prompts"}
+        | {"serve"},
         {"transformers"},
         "one function per command; transformers, to set how much it prints",
     ),
-    "cli": ({"errors", "commands", "hub"}, set(), "parse, call, print; quick, so it imports the rest only when needed"),
+    "cli": (
+        {"errors", "commands", "hub", "prompts", "serve"},
+        set(),
+        "parse, call, print; quick, so it imports the rest only when needed",
+    ),
     "__init__": (
         {"errors", "kernels", "config", "control", "checkpoint", "wrapping", "growth", "from_peft", "to_peft", "train"}
         | {"hub"},

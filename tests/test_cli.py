@@ -28,10 +28,13 @@ FLAGS = {
     "--task-type",
     "hub": "--debug",  # its commands: tests/hub/test_hub_cli.py
     **dict.fromkeys(("compose", "export"), "--debug"),  # the others: tests/hub/test_compose_commands.py
+    "prompts": "--debug",  # its commands: tests/prompts/test_command.py
+    "migrate": "--debug",  # its commands: tests/hub/test_migrate_commands.py
+    "tenants": "--debug",  # its commands: tests/serve/test_tenants_cli.py
 }
 REQUIRED = {"train": {"recipe", "model", "data"}, "eval": {"adapter", "data"}, "inspect": {"adapter"}, "recipes": set()}
 REQUIRED["doctor"] = {"recipe", "model"}
-REQUIRED["hub"] = REQUIRED["compose"] = REQUIRED["export"] = set()
+REQUIRED |= {name: set() for name in ("hub", "compose", "export", "prompts", "migrate", "tenants")}
 
 
 def parsers():

@@ -191,14 +191,14 @@ def load_base(
         "causal_lm": transformers.AutoModelForCausalLM,
         "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
     }[task_type]
-    options: dict[str, Any] = {"dtype": _dtype(dtype), "trust_remote_code": False, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": as_dtype(dtype), "trust_remote_code": False, "output_loading_info": True}
     if task_type == "seq_cls":
         if label_map is None:
             raise ConfigError("a classifier needs its labels; labels.json beside the adapter holds them")
         names = label_map.names
         options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
         options |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-    model, fresh = _load(loader, name, options, quantize)
+    model, fresh = load_with(loader, name, options, quantize)
     for place in (model.config, model.config.get_text_config()):
         place.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -207,8 +207,8 @@ def load_base(
     return Base(model.eval(), tokenizer, task_type, fresh, notes)
 
 
-def _load(loader: Any, name: str, options: dict[str, Any], quantize: str | None) -> tuple[Any, list[str]]:
-    """(model, paths of modules that start at random); new modules are never quantised."""
+def load_with(loader: Any, name: str, options: dict[str, Any], quantize: str | None) -> tuple[Any, list[str]]:
+    """Return (model, paths of modules that start at random); new modules are never quantised."""
     keep = list(HEADS)
     for _ in range(2):
         now = options | ({} if quantize is None else {"quantization_config": _quantization(quantize, keep)})
@@ -255,7 +255,8 @@ def _quantization(quantize: str, keep: list[str]) -> Any:
     )
 
 
-def _dtype(dtype: str) -> Any:
+def as_dtype(dtype: str) -> Any:
+    """Return what transformers calls a dtype; `auto` as in `load_base`."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}' is unknown{did_you_mean(dtype, DTYPES)}")
     if dtype != "auto":

@@ -1,0 +1,81 @@
+"""What `molora serve` does: read options, start, say what was started, and serve until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+from dataclasses import fields
+from typing import Any
+
+from ..errors import ConfigError
+from .options import ServeOptions
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `molora serve`; returns the exit code."""
+    try:
+        import uvicorn
+
+        from .http import create_app
+        from .start import start
+    except ImportError as error:
+        raise ConfigError(f"a server needs {error.name}; install it with pip install 'molora[serve]'") from error
+    options = read_options(args)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # the port first: it costs nothing to find out that it is taken
+    listener = None if args.check else _listen(options.host, options.port)
+    service, report = start(options)
+    for line in report:
+        print(line, file=sys.stderr)
+    if listener is None:
+        service.close(0.0)
+        return 0
+    app = create_app(service, drain=options.drain, max_body=int(options.max_body), docs=options.docs)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving on http://{shown}:{port}", file=sys.stderr, flush=True)
+    config = uvicorn.Config(
+        app,
+        log_level=options.log_level,
+        access_log=options.log_level == "debug",
+        timeout_graceful_shutdown=max(1, round(options.drain)),
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def read_options(args: argparse.Namespace) -> ServeOptions:
+    """Return the options that flags and the file of `--config` make.
+
+    Raises:
+        ConfigError: a key or value is wrong; all problems at once.
+    """
+    known = {one.name for one in fields(ServeOptions)}
+    flags: dict[str, Any] = {name: value for name, value in vars(args).items() if name in known}
+    if flags.get("slots"):
+        flags["slots"] = dict(_slot(text) for text in flags["slots"])
+    return ServeOptions.read(args.config, **flags)
+
+
+def _slot(text: str) -> tuple[int, int]:
+    rank, _, count = text.partition("=")
+    if not (rank.isdigit() and count.isdigit()):
+        raise ConfigError(f"--slot '{text}' is not RANK=COUNT; write 8=16 for sixteen adapters of rank 8")
+    return int(rank), int(count)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before anything is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port, or 0") from error
+    listener.set_inheritable(True)
+    return listener

@@ -1,0 +1,55 @@
+"""BodyLimit: refuses request bodies that are too large, also those that do not say how large they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from ..request import ServeError
+
+
+class BodyLimit:
+    """ASGI middleware that answers 413 once a body is larger than `limit` bytes; nothing more of it is read."""
+
+    def __init__(self, app: Any, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on while its body is small enough."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if stated.isdigit() and int(stated) > self.limit:
+            await self._refuse(scope, receive, send)
+            return
+        read, answered = 0, False
+
+        async def counted() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                raise _TooLargeError
+            return message
+
+        async def sending(message: Any) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self.app(scope, counted, sending)
+        except _TooLargeError:
+            if answered:
+                raise
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
+        error = ServeError(f"the body is larger than {self.limit} bytes", 413, "body_too_large")
+        await JSONResponse(error.body(), status_code=413)(scope, receive, send)
+
+
+class _TooLargeError(Exception):
+    pass

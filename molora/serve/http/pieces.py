@@ -1,0 +1,121 @@
+"""Pieces of several answers on their way to one client, and what happens when it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from ..request import Base, Chunk, Mixture, Stream, Weighted
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A chunk of one of the answers.
+
+    Attributes:
+        index: of the answer.
+        chunk: the chunk; its finish is one that OpenAI knows, or `cancelled` or `timeout`.
+        offset: characters of the answer before it.
+        stream: where it comes from.
+    """
+
+    index: int
+    chunk: Chunk
+    offset: int
+    stream: Stream
+
+    def chosen(self) -> dict[str, Any]:
+        """Return which experts acted, and why, where a selector chose."""
+        program = self.stream.request.program
+        if isinstance(program, Weighted):
+            acted: dict[str, Any] = {"adapters": dict(program.weights)}
+        elif isinstance(program, Mixture):
+            acted = {"mixture": program.name}
+        else:
+            acted = {"base": isinstance(program, Base)}
+        return {**acted, **(dict(self.chunk.chosen) if self.chunk.chosen else {})}
+
+
+async def _pieces(index: int, stream: Stream) -> AsyncIterator[Piece]:
+    offset = 0
+    async for chunk in stream:
+        yield Piece(index, chunk, offset, stream)
+        offset += len(chunk.text)
+
+
+async def merged(streams: list[Stream]) -> AsyncIterator[Piece]:
+    """Yield the pieces of all answers as they come."""
+    if len(streams) == 1:
+        async for piece in _pieces(0, streams[0]):
+            yield piece
+        return
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def forward(index: int, stream: Stream) -> None:
+        try:
+            async for piece in _pieces(index, stream):
+                queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(forward(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        left = len(tasks)
+        while left:
+            piece = await queue.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            if piece is None:
+                left -= 1
+            else:
+                yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def whole(streams: list[Stream]) -> list[Piece]:
+    """Return every answer as one piece; when this is cancelled, so are the answers."""
+
+    async def one(index: int, stream: Stream) -> Piece:
+        text, tokens, chunk = [], [], Chunk()
+        async for chunk in stream:
+            text.append(chunk.text)
+            tokens += chunk.tokens
+        return Piece(index, replace(chunk, text="".join(text), tokens=tuple(tokens)), 0, stream)
+
+    return list(await asyncio.gather(*(one(index, stream) for index, stream in enumerate(streams))))
+
+
+async def until_gone(request: Request, work: Awaitable[T]) -> T | None:
+    """Return the result of some work; None when the client has left before, and the work was cancelled."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def gone() -> Response:
+    """Return an answer that nobody reads; 499 is what proxies log for a client that has left."""
+    return Response(status_code=499)
