@@ -30,11 +30,12 @@ FLAGS = {
     **dict.fromkeys(("compose", "export"), "--debug"),  # the others: tests/hub/test_compose_commands.py
     "prompts": "--debug",  # its commands: tests/prompts/test_command.py
     "migrate": "--debug",  # its commands: tests/hub/test_migrate_commands.py
+    "serve": "--debug",  # its flags: tests/serve/test_options.py
     "tenants": "--debug",  # its commands: tests/serve/test_tenants_cli.py
 }
 REQUIRED = {"train": {"recipe", "model", "data"}, "eval": {"adapter", "data"}, "inspect": {"adapter"}, "recipes": set()}
 REQUIRED["doctor"] = {"recipe", "model"}
-REQUIRED |= {name: set() for name in ("hub", "compose", "export", "prompts", "migrate", "tenants")}
+REQUIRED |= {name: set() for name in ("hub", "compose", "export", "prompts", "migrate", "serve", "tenants")}
 
 
 def parsers():
