@@ -13,7 +13,8 @@ from .hooks import OWN_ARGUMENTS
 from .layers import RoutedLayer
 from .plan import Report
 from .routing.edit import Edit
-from .routing.trace import Site, Trace, as_gates
+from .routing.shapes import as_gates
+from .routing.trace import Site, Trace
 from .routing.types import Context, Routing
 from .tuner import MoloraModel
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,8 +20,9 @@ class Hyper(nn.Module):
     adapter, `hidden * E * (d + 1)` numbers per router: use `share: block`. W does not depend on x, so `fold()` returns
     an ordinary linear scorer that decides alike.
 
-    The draw is nn.Linear's, and e starts as N(0, 1); at d = 4096 the scores then spread so far that the softmax starts
-    almost one-hot, so the MLP's output is divided by sqrt(d), which is our choice.
+    The draw is nn.Linear's, and e starts as N(0, 1), as in the authors' code. For inputs of unit variance the scores
+    then start with a variance near d / 18, so that the softmax is almost one-hot at d = 4096. A temperature of the link
+    cools them, and slows e down by as much.
 
     Options:
         hidden: width of the MLP (256 in the authors' code, 64 in their scripts).
@@ -45,8 +44,7 @@ class Hyper(nn.Module):
     def made(self) -> tuple[Tensor, Tensor]:
         """Return the weights W (E, d) and b (E,) that the MLP makes."""
         hidden = torch.relu(F.linear(self.embedding, self.inner_weight, self.inner_bias))
-        made = F.linear(hidden, self.outer_weight, self.outer_bias) / math.sqrt(self.size)
-        made = made.view(self.num_experts, self.size + 1)
+        made = F.linear(hidden, self.outer_weight, self.outer_bias).view(self.num_experts, self.size + 1)
         return made[:, :-1], made[:, -1]
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:

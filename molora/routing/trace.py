@@ -11,7 +11,6 @@ gradients in between (a reference model, an evaluation) do not disturb it.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +24,12 @@ from .auxiliary import AuxLoss
 from .losses import Parts
 from .passes import Pass, Plan, Site
 from .recompute import in_backward
+from .reminders import Reminders
 from .router import Router
 from .rows import Rows
+from .shapes import as_gates, as_input, as_rows, by_beam, fits_rows, fitting, part_of, picked, picked_rows
 from .types import Context, Memory, Routing
 
-SETTLED_AFTER = 64  # training forwards without an optimizer step: longer than gradients are usually accumulated
 Reader = Callable[[Site, Routing, Context], None]
 
 
@@ -63,10 +63,7 @@ class Trace:
         self._gathering = self.is_holding = False
         self._passes: list[tuple[int, Pass]] = []  # of the forwards gathered into one loss, and where each began
         self.seed: int | None = None
-        self._objective_told = False
-        self._progress_told = False
-        self._forwards = 0  # training forwards so far
-        self._called: set[str] | None = set()  # layers seen in the first training forward, then None
+        self.reminders = Reminders()
         # Per-prompt decisions belong to the key-value cache they were taken with, so that interleaved generations
         # never exchange them.
         self._kept: weakref.WeakKeyDictionary[Any, dict[str, Routing]] = weakref.WeakKeyDictionary()
@@ -86,8 +83,7 @@ class Trace:
     def open(self, new: Pass) -> None:
         """Begin a forward; raise AuxLossError if the previous training forward's auxiliary loss was never used."""
         if new.collecting:
-            self._warn_of_missing_progress()
-            self._warn_of_missing_steps()
+            self.reminders.of_forward(self.plans)
             previous = self._graded.aux
             if previous.pending and not self._gathering:
                 previous.used = True  # say it once
@@ -113,8 +109,8 @@ class Trace:
         """End a forward; remember its per-prompt decisions with the cache that continues it."""
         now = self._now
         now.aux.complete = True
-        if now.collecting and self._called is not None:
-            self._warn_of_bypassed()
+        if now.collecting and self.reminders.called is not None:
+            self.reminders.of_bypassed(self.plans)
         cache = cache if cache is not None else now.cache
         if cache is not None and not now.collecting:
             if now.per_prompt and not now.continuing:
@@ -129,7 +125,7 @@ class Trace:
         """Note where a training forward begins, and settle what its routers will draw."""
         if not self._gathering:
             self._passes = []
-            self._warn_of_missing_objective()
+            self.reminders.of_objective(self.plans)
         self._passes.append((_autograd_clock() if self._passes else 0, new))
         if any(plan.draws for plan in self.plans.values()):
             # now, not in a layer: the recompute of a checkpoint must find the same state of torch's generator
@@ -166,55 +162,9 @@ class Trace:
         finally:
             self._gathering = self.is_holding = False
 
-    def _warn_of_missing_objective(self) -> None:
-        """Say once when training goes past the objective of an adapter."""
-        names = [plan.objective.name for plan in self.plans.values() if plan.objective is not None]
-        if names and not self._objective_told:
-            self._objective_told = True
-            warnings.warn(
-                f"this adapter has the objective '{names[0]}', but this training forward is not part of it, so only "
-                "the plain loss is trained; call molora.attach(trainer) once, or use "
-                "loss = molora.objective_loss(model, inputs) in your own loop",
-                stacklevel=2,
-            )
-
-    def _warn_of_missing_progress(self) -> None:
-        """Say once when schedules are configured but nothing drives them."""
-        if not self._progress_told and any(plan.scheduled for plan in self.plans.values()):
-            self._progress_told = True
-            warnings.warn(
-                "this adapter has schedules, but nothing tells it the progress of training, so they stay at their "
-                "start; call molora.attach(trainer) once, or molora.set_progress(model, p) in your own loop",
-                stacklevel=2,
-            )
-
-    def _warn_of_missing_steps(self) -> None:
-        """Say once when loss weights are controlled but nothing tells them that an optimizer step is over."""
-        held = [loss.controller for plan in self.plans.values() for loss in plan.losses if loss.controller is not None]
-        self._forwards += 1
-        if held and self._forwards == SETTLED_AFTER and not any(controller.settled for controller in held):
-            warnings.warn(
-                f"this adapter has loss weights that a controller moves, but after {SETTLED_AFTER} training forwards "
-                "nothing has moved them, so they stay at their start; call molora.attach(trainer) once, or "
-                "molora.settle(model) after each optimizer step in your own loop",
-                stacklevel=2,
-            )
-
     def tell_progress(self, progress: float) -> None:
         """Set the training progress in [0, 1] that schedules read."""
-        self.progress, self._progress_told = progress, True
-
-    def _warn_of_bypassed(self) -> None:
-        """Say once which layers were never called: some models read a weight and skip the layer around it."""
-        called, self._called = self._called or set(), None
-        idle = sorted({name for plan in self.plans.values() for name in plan.sites} - called)
-        if idle and called:
-            leaves = sorted({name.rpartition(".")[2] for name in idle})
-            warnings.warn(
-                f"{len(idle)} routed layers were not called in the first training forward, so their experts act on "
-                f"nothing (for example '{idle[0]}'); leave them out with exclude_modules={leaves}",
-                stacklevel=2,
-            )
+        self.progress, self.reminders.progress_told = progress, True
 
     def resume(self, cache: Any) -> dict[str, Routing]:
         """Return the per-prompt decisions that were taken with `cache`; raise RoutingError when there are none."""
@@ -240,12 +190,12 @@ class Trace:
         """Follow a cache whose rows were picked anew (beams, or a served batch that some rows have left) in what
         routers remember, None: forget all of it, and in the per-prompt decisions that belong to it."""
         if rows is not None and cache in self._kept:
-            self._kept[cache] = {group: _picked(kept, rows) for group, kept in self._kept[cache].items()}
+            self._kept[cache] = {group: picked(kept, rows) for group, kept in self._kept[cache].items()}
         past = self._past.get(cache)
         if past is not None and rows is None:
             del self._past[cache]
         elif past is not None:
-            self._past[cache] = {name: _rows_of(value, rows) for name, value in past.items()}
+            self._past[cache] = {name: picked_rows(value, rows) for name, value in past.items()}
 
     def amend(self, stack: str, context: Context, shape: tuple[int, ...]) -> None:
         """Tell the masks of one stack (an encoder that runs inside or before the forward of its model)."""
@@ -280,7 +230,7 @@ class Trace:
     def keep(self, site: Site, x: Tensor, gates: Tensor, probs: Tensor, scores: Tensor) -> None:
         """Take over a decision that a kernel took for the N tokens of x (..., d); its tables are (N, E)."""
         now = self._now
-        lead = _as_rows(x, now.shape.get(site.stack)).shape[:2]
+        lead = as_rows(x, now.shape.get(site.stack)).shape[:2]
         now.decisions[site.group] = Routing(*[table.view(*lead, -1) for table in (scores, probs, gates)])
 
     def is_private(self, site: Site) -> bool:
@@ -295,8 +245,8 @@ class Trace:
 
     def notice(self, site: Site) -> None:
         """Note that a layer was called, when its decision was taken elsewhere."""
-        if self._called is not None:
-            self._called.add(site.name)
+        if self.reminders.called is not None:
+            self.reminders.called.add(site.name)
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
@@ -310,15 +260,15 @@ class Trace:
         self.notice(site)
         if site.fixed and not (isinstance(self.pins, dict) and site.name in self.pins):
             return torch.ones((1,) * x.dim(), device=x.device)
-        hidden = _as_rows(x, now.shape.get(site.stack))
+        hidden = as_rows(x, now.shape.get(site.stack))
         gates = None if self.pins is None else self._pinned(site, x.device)
         if gates is None:
             gates = self._routing(site, router, hidden, now).applied
         else:
-            gates = _by_beam(gates, hidden, now)
+            gates = by_beam(gates, hidden, now)
         if site.column is not None:
             gates = gates[..., site.column : site.column + 1]
-        return _as_input(gates, hidden, x)
+        return as_input(gates, hidden, x)
 
     def given(self, site: Site, router: Router | None, x: Tensor, rows: Rows) -> Tensor:
         """Return the gates of a served batch for x (..., d), broadcastable to its leading axes.
@@ -326,39 +276,39 @@ class Trace:
         Raises:
             RoutingError: the rows do not fit this input.
         """
-        hidden = _as_rows(x, self._now.shape.get(site.stack))
+        hidden = as_rows(x, self._now.shape.get(site.stack))
         told = rows.mask if rows.gates is None else rows.gates
-        if told is not None and not _fits(told, hidden):
+        if told is not None and not fits_rows(told, hidden):
             raise RoutingError(
                 f"a batch was described by {told.shape[0]} rows and {told.shape[1]} positions, but layer '{site.name}' "
                 f"has {hidden.shape[0]} rows and {hidden.shape[1]} positions"
             )
         if rows.gates is not None:
             self.notice(site)
-            return _as_input(rows.gates, hidden, x)
+            return as_input(rows.gates, hidden, x)
         gates = self.decide(site, router, x)
         if rows.mask is None:
             return gates
-        mask = _as_input(rows.mask, hidden, x)
+        mask = as_input(rows.mask, hidden, x)
         # not a product alone: a router may fail with NaN on rows that are not its own
         return torch.where(mask == 0, 0.0, gates * mask)
 
     def rows_of(self, site: Site, x: Tensor) -> tuple[Tensor, Context]:
         """Return the input x (..., d) of a site as (B, S, d), and what the forward that is open knows about it."""
-        hidden = _as_rows(x, self._now.shape.get(site.stack))
+        hidden = as_rows(x, self._now.shape.get(site.stack))
         return hidden, self._now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
 
     def passes(self, site: Site, router: Router | None, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return what the experts are given, for a site with `edits`: pairs of an input (..., d_in) and its gates."""
         now = self._recomputed() if in_backward() else self._now
-        hidden = _as_rows(x, now.shape.get(site.stack))
+        hidden = as_rows(x, now.shape.get(site.stack))
         pinned = None if self.pins is None else self._pinned(site, x.device)
         self.notice(site)
         if pinned is not None:
-            return [(x, _as_input(_by_beam(pinned, hidden, now), hidden, x))]
+            return [(x, as_input(by_beam(pinned, hidden, now), hidden, x))]
         routing = self._routing(site, router, hidden, now)
         return [
-            (x if view is None else view.reshape(x.shape).to(x.dtype), _as_input(gates, hidden, x))
+            (x if view is None else view.reshape(x.shape).to(x.dtype), as_input(gates, hidden, x))
             for view, gates in routing.passes or ((None, routing.applied),)
         ]
 
@@ -372,7 +322,7 @@ class Trace:
 
     def _routing(self, site: Site, router: Router | None, hidden: Tensor, now: Pass) -> Routing:
         if now.continuing and site.group in now.decisions:  # a per-prompt decision that came with the cache
-            return _fitting(_part(now.decisions[site.group], site), site, hidden)
+            return fitting(part_of(now.decisions[site.group], site), site, hidden)
         if router is None:
             return self._shared(site, hidden, now)
         ctx = now.contexts.get(site.stack, Context(progress=self.progress)).fit(hidden)
@@ -390,7 +340,7 @@ class Trace:
             now.decisions[site.group] = routing
             is_cut = router.has_gradient and not torch.is_grad_enabled()
             (now.cut.add if is_cut else now.cut.discard)(site.group)
-        return _part(routing, site)
+        return part_of(routing, site)
 
     def _shared(self, site: Site, hidden: Tensor, now: Pass) -> Routing:
         if site.group not in now.decisions:
@@ -405,7 +355,7 @@ class Trace:
                 'gradient reaches the router; use gradient_checkpointing_kwargs={"use_reentrant": False}, or share: '
                 "block so that the decision is taken inside the same checkpoint"
             )
-        return _fitting(_part(routing, site), site, hidden)
+        return fitting(part_of(routing, site), site, hidden)
 
     def _collect(
         self, site: Site, router: Router, routing: Routing, ctx: Context, now: Pass, hidden: Tensor
@@ -422,87 +372,3 @@ class Trace:
 def _autograd_clock() -> int:
     """Return the number that autograd gives its next node; it only grows."""
     return (torch.zeros((), requires_grad=True) * 1).grad_fn._sequence_nr() + 1  # type: ignore[union-attr]
-
-
-def as_gates(pinned: Tensor) -> Tensor:
-    """Lay gates (E,), (S, E) or (B|1, S|1, E) out as float32 (B|1, S|1, E)."""
-    return pinned.to(torch.float32).reshape((1,) * (3 - pinned.dim()) + pinned.shape)
-
-
-def _fits(told: Tensor, hidden: Tensor) -> bool:
-    """Tell whether (B|1, S|1, n) broadcasts to hidden (B, S, d)."""
-    return told.shape[0] in (1, hidden.shape[0]) and told.shape[1] in (1, hidden.shape[1])
-
-
-def _by_beam(pinned: Tensor, hidden: Tensor, now: Pass) -> Tensor:
-    """Repeat gates (B, S|1, E) pinned per row of a prompt for the beams or samples of that row inside generate()."""
-    rows, beams = pinned.shape[0], hidden.shape[0] // max(1, pinned.shape[0])
-    if rows == 1 or beams < 2 or rows != now.prompt_rows or rows * beams != hidden.shape[0]:
-        return pinned
-    return pinned.repeat_interleave(beams, 0)
-
-
-def _as_rows(x: Tensor, tokens: tuple[int, ...] | None) -> Tensor:
-    """View x (..., d) as (B, S, d): flattened tokens (B*S, d) get their rows back, (B, d) is one token per row."""
-    if x.dim() == 3:
-        return x
-    if x.dim() > 3:
-        return x.flatten(1, -2)
-    if x.dim() == 2 and tokens is not None and len(tokens) == 2 and x.shape[0] == tokens[0] * tokens[1]:
-        return x.view(*tokens, x.shape[-1])
-    if x.dim() == 2 and tokens is not None and x.shape[0] == tokens[0]:
-        return x[:, None]
-    return x.reshape(1, -1, x.shape[-1])
-
-
-def _as_input(gates: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
-    """Lay gates (B|1, S|1, E) out along the leading axes of x."""
-    if x.dim() == 3:
-        return gates
-    gates = gates.expand(hidden.shape[0], hidden.shape[1], gates.shape[-1])
-    return gates.reshape(*x.shape[:-1], gates.shape[-1])
-
-
-def _rows_of(remembered: Any, rows: Tensor) -> Any:
-    """Pick rows of what a router remembers: a tensor (B, ...), or a mapping or sequence of them."""
-    if isinstance(remembered, Tensor):
-        return remembered.index_select(0, rows.to(remembered.device))
-    if hasattr(remembered, "reorder_cache"):  # a key-value cache of its own
-        remembered.reorder_cache(rows)
-        return remembered
-    if isinstance(remembered, dict):
-        return {name: _rows_of(value, rows) for name, value in remembered.items()}
-    if isinstance(remembered, (list, tuple)):
-        return type(remembered)(_rows_of(value, rows) for value in remembered)
-    return remembered
-
-
-def _picked(routing: Routing, rows: Tensor) -> Routing:
-    """Pick rows of a decision."""
-    always = None if routing.always is None else _rows_of(routing.always, rows)
-    choices = None if routing.choices is None else _rows_of(routing.choices, rows)
-    branches = tuple(_picked(branch, rows) for branch in routing.branches)
-    passes = tuple((None if x is None else _rows_of(x, rows), _rows_of(gates, rows)) for x, gates in routing.passes)
-    own = [_rows_of(table, rows) for table in (routing.scores, routing.probs, routing.gates)]
-    return Routing(*own, always, choices, None, branches, passes)  # notes are for losses
-
-
-def _part(routing: Routing, site: Site) -> Routing:
-    """Return the decision (B, S, E) of one site out of those of its group (B, S, n E)."""
-    if site.part is None:
-        return routing
-    start, experts = site.part
-    own = slice(start * experts, (start + 1) * experts)
-    return Routing(routing.scores[..., own], routing.probs[..., own], routing.gates[..., own])
-
-
-def _fitting(routing: Routing, site: Site, hidden: Tensor) -> Routing:
-    """Check that a reused decision broadcasts to hidden (B, S, d)."""
-    rows, positions = routing.gates.shape[:2]
-    if rows not in (1, hidden.shape[0]) or positions not in (1, hidden.shape[1]):
-        raise RoutingError(
-            f"the decision of group '{site.group}' was taken for {rows} rows and {positions} positions, but layer "
-            f"'{site.name}' has {hidden.shape[0]} rows and {hidden.shape[1]} positions; generate each batch from its "
-            "own prefill, or use share: site"
-        )
-    return routing

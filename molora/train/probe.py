@@ -151,7 +151,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
     prices = [module.price for module in model.modules() if isinstance(module, Router) and module.price is not None]
     kept = [(price, price.value.clone(), price.chosen) for price in prices]
     trace = trace_of(model)
-    told = trace._progress_told
+    told = trace.reminders.progress_told
     trace.tell_progress(trace.progress)  # a user who forgets to tell it is warned in training, not here
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
@@ -167,7 +167,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
                 price.chosen = chosen
         for module, mode in modes:
             module.training = mode
-        trace._progress_told = told
+        trace.reminders.progress_told = told
         drop_aux(model)
 
 

@@ -32,9 +32,13 @@ class Layer(nn.Module):
 
 
 class Task:
-    """Draws batches of the planted task; the kinds and their maps are fixed by the seed."""
+    """Draws batches of the planted task; the kinds and their maps are fixed by the seed.
 
-    def __init__(self, seed=0):
+    `noise` is the deviation of each coordinate of a token around the centre of its kind, which is 3 long.
+    """
+
+    def __init__(self, seed=0, noise=0.7):
+        self.noise = noise
         self.generator = torch.Generator().manual_seed(seed)
         self.centres = torch.linalg.qr(torch.randn(D, D, generator=self.generator))[0][:KINDS] * 3
         left = torch.randn(KINDS, D_OUT, 1, generator=self.generator)
@@ -44,7 +48,7 @@ class Task:
     def batch(self, tokens=TOKENS):
         """Inputs of the layer, y (1, T, d_out) and kind (T,); the token ids say nothing about the kinds."""
         kind = torch.randint(0, KINDS, (tokens,), generator=self.generator)
-        x = self.centres[kind] + 0.7 * torch.randn(tokens, D, generator=self.generator)
+        x = self.centres[kind] + self.noise * torch.randn(tokens, D, generator=self.generator)
         y = torch.einsum("tod,td->to", self.maps[kind], x)
         ids = torch.randint(0, VOCAB, (1, tokens), generator=self.generator)
         return {"inputs_embeds": x[None], "input_ids": ids}, y[None], kind
@@ -66,10 +70,10 @@ def wrapped(recipe, **changes):
     return model
 
 
-def train(recipe, *, steps=400, seed=0, lr=2e-2, **changes):
+def train(recipe, *, steps=400, seed=0, lr=2e-2, noise=0.7, **changes):
     """Train a recipe on the task; returns the model and the task."""
     torch.manual_seed(seed)
-    task, model = Task(seed), wrapped(recipe, **changes).train()
+    task, model = Task(seed, noise), wrapped(recipe, **changes).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     for step in range(steps):
         molora.set_progress(model, step / steps)

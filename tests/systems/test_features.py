@@ -12,6 +12,7 @@ import molora
 from molora.control import routed_layers
 from molora.errors import RoutingError
 from molora.experts.bank import ExpertBank
+from molora.routing.hyper import Hyper
 from molora.routing.losses import Parts
 from molora.routing.router import Router
 from molora.routing.types import Context, Memory
@@ -239,7 +240,7 @@ def test_hyper_router_equals_its_network_and_its_folded_form():
     for path, _, router in leaders(model):
         s, d = router.scorer, seen[path].shape[-1]
         inner = (s.inner_weight @ s.embedding.detach() + s.inner_bias).clamp_min(0)
-        made = ((s.outer_weight @ inner + s.outer_bias) / math.sqrt(d)).view(16, d + 1)
+        made = (s.outer_weight @ inner + s.outer_bias).view(16, d + 1)
         for b, t in real(inputs):
             scores = [float(made[e, :d] @ seen[path][b, t] + made[e, d]) for e in range(16)]
             close(log[path].gates[b, t], top_two_gates(scores))
@@ -249,6 +250,15 @@ def test_hyper_router_equals_its_network_and_its_folded_form():
     _, _, after = run(model, **inputs)
     for path, _, _ in leaders(model):
         torch.testing.assert_close(after[path].gates, before[path].gates, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.proves("hyper_router")
+def test_hyper_router_starts_with_scores_as_wide_as_the_authors():
+    # hidden: E relu(n)^2 = 1/6 at n ~ N(0, 1/3); outer weights and biases: uniform, of variance 1 / (3 h)
+    torch.manual_seed(0)
+    d, h = 128, 256
+    made = torch.stack([Hyper(d, 16, hidden=h).made()[0].detach() for _ in range(50)])
+    assert float((made**2).mean()) == pytest.approx(1 / 18 + 1 / (3 * h), rel=0.05)
 
 
 @pytest.mark.proves("hyper_router")
