@@ -87,8 +87,12 @@ def gemma(folder: Path) -> Path:
     given = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **given)
-    model.save_pretrained(folder)
+    # its weights are plain floats now, but transformers would not save a model that it has read from a GGUF
+    plain = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    floats = AutoModelForCausalLM.from_config(type(model.config)(**plain), dtype=torch.float32)
+    floats.load_state_dict(model.state_dict())
     tokenizer.save_pretrained(folder)
+    floats.save_pretrained(folder)
     file.unlink()
     say(f"Gemma 3 270M read from its 4-bit file in {time.perf_counter() - began:.0f} s")
     return folder
