@@ -1,6 +1,6 @@
 """One Gemma 3 270M serves two newspapers: a named adapter, a weighted mix, a routed mixture, `auto`, and streaming.
 
-    make serve-demo                                  about six minutes on two cores, most of it to read and train
+    make serve-demo                                  about five minutes on two cores, most of it to read and train
     python examples/serve_two_tenants.py --quick     a tiny random model, to see that everything works
 
 Two desks of a newspaper each train a small plain LoRA with PEFT on articles of the BBC; a third adapter is a mixture of
@@ -221,7 +221,7 @@ def write_options(base: Path, hub: Path, out: Path) -> Path:
         "max_length": 256,
         "port": 0,
         "pinned": ["sports"],
-        "selectors": {"topic": {"method": "centroid", "embedder": "words", "guard": None}},
+        "selectors": {"topic": {"method": "centroid", "embedder": "sentence", "guard": None}},
     }
     (out / "serve.yaml").write_text(yaml.safe_dump(options))
     return out / "serve.yaml"
