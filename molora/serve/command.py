@@ -1,9 +1,15 @@
-"""What `molora serve` does: read options, start, say what was started, and serve until it is told to stop."""
+"""What `molora serve` does: read options, start, say what was started, and serve until it is told to stop.
+
+SIGTERM and SIGINT (Ctrl+C) stop it: it takes no more requests, lets running answers end for `drain` seconds, writes
+what is owed, and ends with code 0; a second SIGINT ends it at once. Options, a model, a library or tenants that cannot
+be used end it with code 2 and one message, what nobody foresaw with code 1.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import socket
 import sys
 from dataclasses import fields
@@ -24,15 +30,25 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"a server needs {error.name}; install it with pip install 'molora[serve]'") from error
     options = read_options(args)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if options.replicas > 1 or options.cluster:
+        from .cluster.command import run_cluster
+
+        return run_cluster(options, check=args.check)
     # the port first: it costs nothing to find out that it is taken
-    listener = None if args.check else _listen(options.host, options.port)
+    listener = None if args.check else listen(options.host, options.port)
     service, report = start(options)
     for line in report:
         print(line, file=sys.stderr)
     if listener is None:
         service.close(0.0)
         return 0
-    app = create_app(service, drain=options.drain, max_body=int(options.max_body), docs=options.docs)
+    app = create_app(
+        service,
+        drain=options.drain,
+        max_body=int(options.max_body),
+        docs=options.docs,
+        open_metrics=options.open_metrics,
+    )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port}", file=sys.stderr, flush=True)
@@ -43,8 +59,20 @@ def run(args: argparse.Namespace) -> int:
         timeout_graceful_shutdown=max(1, round(options.drain)),
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    # uvicorn sends itself the signal again that ended it; this process has answered it by then
+    before = {one: signal.signal(one, _noted) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        service.close(0.0)  # does nothing when the application has ended in order
+    print("the server has ended", file=sys.stderr)
     return 0
+
+
+def _noted(number: int, frame: Any) -> None:
+    """Go on, to end in order."""
 
 
 def read_options(args: argparse.Namespace) -> ServeOptions:
@@ -67,7 +95,7 @@ def _slot(text: str) -> tuple[int, int]:
     return int(rank), int(count)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens, before anything is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

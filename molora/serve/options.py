@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,19 @@ import yaml
 from accelerate.utils import convert_file_size_to_int
 
 from ..errors import ConfigError, did_you_mean, raise_all
+from .cluster.options import ClusterOptions
 
 BACKENDS = ("auto", "hf-cb", "hf-simple")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SIZES = ("kv_memory", "cpu_memory", "max_body")
 PATHS = ("tenants", "database", "manifest")
+CHOICES = {
+    "backend": BACKENDS,
+    "dtype": DTYPES,
+    "quantize": (None, "4bit", "8bit"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
+FEEDBACK = ("folder", "policy", "frozen")
 
 
 @dataclass
@@ -52,7 +60,8 @@ class ServeOptions:
         database: SQLAlchemy URL, or a file, of keys and usage; by default a file beside `tenants`.
         selectors: what `model: auto` may ask, by name: options of a prompt selector, or `{folder: ...}` of a fitted
             one. The first is the default.
-        feedback: file in which answers with their propensities and rewards are kept; None: in memory.
+        feedback: whether answers can be rewarded, and bandits learn from it: a folder for their logs, or `{folder: ...,
+            policy: thompson, frozen: true}`; true: in memory; None: nobody asks.
         backend: `hf-cb` (continuous batching, paged), `hf-simple` (static batches, any model), or `auto`.
         kv_memory: of keys and values.
         max_batch: requests that run at the same time.
@@ -63,7 +72,10 @@ class ServeOptions:
         drain: seconds that running answers get when the server is told to stop.
         max_body: of a request.
         docs: whether /openapi.json exists.
+        open_metrics: whether /metrics, which names tenants and adapters, needs no admin key where there are tenants.
         log_level: of the server's log.
+        replicas: of the engine, each with a model of its own; more than one need Ray Serve.
+        cluster: how they are run; see `cluster.options.ClusterOptions`.
     """
 
     model: str = ""
@@ -82,7 +94,7 @@ class ServeOptions:
     tenants: str | None = None
     database: str | None = None
     selectors: dict[str, dict[str, Any]] = field(default_factory=dict)
-    feedback: str | None = None
+    feedback: bool | str | dict[str, Any] | None = None
     backend: str = "auto"
     kv_memory: int | str = "1GiB"
     max_batch: int = 32
@@ -94,46 +106,88 @@ class ServeOptions:
     drain: float = 30.0
     max_body: int | str = "8MiB"
     docs: bool = True
+    open_metrics: bool = False
     log_level: str = "info"
+    replicas: int = 1
+    cluster: dict[str, Any] = field(default_factory=dict)
+    unknown: InitVar[Sequence[str]] = ()  # what is wrong already; told with the rest
 
-    def __post_init__(self) -> None:
-        problems = []
+    def __post_init__(self, unknown: Sequence[str]) -> None:
+        problems = list(unknown)
         for name in SIZES:
             value = getattr(self, name)
             try:
-                setattr(self, name, convert_file_size_to_int(value))
+                is_count = isinstance(value, str) and value.isdigit()  # bytes, as a flag gives them
+                setattr(self, name, int(value) if is_count else convert_file_size_to_int(value))
             except (ValueError, TypeError):
                 problems.append(f"{name} must be bytes or a size such as 2GiB, got {value!r}")
-        if not self.model:
-            problems.append("model is missing: the folder or Hub name of the base model")
-        for name, choices in (("backend", BACKENDS), ("dtype", DTYPES), ("quantize", (None, "4bit", "8bit"))):
-            if getattr(self, name) not in choices:
-                told = ", ".join(str(choice) for choice in choices)
-                problems.append(f"{name} must be one of {told}, got {getattr(self, name)!r}")
-        for name, least in (("loaders", 1), ("max_batch", 1), ("max_waiting", 0), ("port", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                problems.append(f"{name} must be a whole number from {least}, got {value!r}")
-        for name in ("timeout", "drain"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                problems.append(f"{name} must be seconds above 0, got {value!r}")
-        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
-            problems.append(f"max_length must be a whole number from 2, got {self.max_length!r}")
-        if not isinstance(self.slots, Mapping) or not all(
-            isinstance(n, int) for pair in self.slots.items() for n in pair
-        ):
-            problems.append(f"slots must say how many there are of each rank, as {{8: 16}}, got {self.slots!r}")
-        if (self.adapters or self.pinned) and self.manifest:
-            problems.append("manifest takes the place of adapters and pinned; give one or the other")
-        if (self.adapters or self.pinned or self.manifest) and not self.hub:
-            problems.append("adapters come from a library; say which with hub")
-        if not isinstance(self.selectors, Mapping) or not all(isinstance(o, Mapping) for o in self.selectors.values()):
-            problems.append(f"selectors must map names to options, got {self.selectors!r}")
+        for name in SIZES:
+            if isinstance(getattr(self, name), int) and getattr(self, name) < 1:
+                problems.append(f"{name} must be above 0, got {getattr(self, name)}")
+        problems += [*self._of_values(), *self._of_the_library()]
+        if type(self.replicas) is int:
+            try:
+                ClusterOptions.of(self.cluster, self.replicas)
+            except ConfigError as error:
+                problems.append(str(error))
         raise_all(problems, ConfigError, "these options cannot be used")
         self.slots = dict(self.slots)
         if self.name is None:
             self.name = Path(self.model).name or self.model
+
+    def _of_values(self) -> Iterator[str]:
+        """Yield what is wrong with values by themselves."""
+        if not self.model or not isinstance(self.model, str):
+            yield "model is missing: the folder or Hub name of the base model"
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                told = ", ".join(str(choice) for choice in choices)
+                yield f"{name} must be one of {told}, got {getattr(self, name)!r}"
+        for name, least in (("loaders", 1), ("max_batch", 1), ("max_waiting", 0), ("port", 0), ("replicas", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                yield f"{name} must be a whole number from {least}, got {value!r}"
+        if isinstance(self.port, int) and self.port > 65535:
+            yield f"port must be at most 65535, got {self.port}"
+        for name in ("timeout", "drain"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                yield f"{name} must be seconds above 0, got {value!r}"
+        for name in ("docs", "open_metrics"):
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name} must be true or false, got {getattr(self, name)!r}"
+        for name in ("host", "name", "gguf_file", "hub", *PATHS):
+            value = getattr(self, name)
+            if not ((isinstance(value, str) and value) or (value is None and name != "host")):
+                yield f"{name} must be a text, got {value!r}"
+        if self.max_length is not None and (type(self.max_length) is not int or self.max_length < 2):
+            yield f"max_length must be a whole number from 2, got {self.max_length!r}"
+        if not isinstance(self.slots, Mapping) or not all(
+            type(n) is int and n > 0 for pair in self.slots.items() for n in pair
+        ):
+            yield f"slots must say how many there are of each rank, as {{8: 16}}, got {self.slots!r}"
+        if not isinstance(self.selectors, Mapping) or not all(isinstance(o, Mapping) for o in self.selectors.values()):
+            yield f"selectors must map names to options, got {self.selectors!r}"
+        if isinstance(self.feedback, Mapping):
+            strange = sorted(str(key) for key in self.feedback if key not in FEEDBACK)
+            yield from (f"feedback has no option '{key}'; it has {', '.join(FEEDBACK)}" for key in strange)
+        elif not isinstance(self.feedback, (bool, str, type(None))):
+            yield f"feedback must be a folder, true, or options, got {self.feedback!r}"
+
+    def _of_the_library(self) -> Iterator[str]:
+        """Yield what is wrong with what is to be served."""
+        for name in ("adapters", "pinned"):
+            value = getattr(self, name)
+            if not (value is None and name == "adapters") and not (
+                isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+            ):
+                yield f"{name} must be a list of names, got {value!r}"
+        if not (isinstance(self.targets, str) or all(isinstance(one, str) for one in self.targets or [None])):
+            yield f"targets must be all-linear, or a list of the ends of names of layers, got {self.targets!r}"
+        if (self.adapters or self.pinned) and self.manifest:
+            yield "manifest takes the place of adapters and pinned; give one or the other"
+        if (self.adapters or self.pinned or self.manifest) and not self.hub:
+            yield "adapters come from a library; say which with hub"
 
     @classmethod
     def read(cls, path: str | Path | None = None, **flags: Any) -> ServeOptions:
@@ -147,8 +201,8 @@ class ServeOptions:
         told: dict[str, Any] = {} if path is None else _file(Path(path))
         known = {one.name for one in fields(cls)}
         unknown = [f"'{key}' is unknown{did_you_mean(str(key), known)}" for key in told if key not in known]
-        raise_all(unknown, ConfigError, f"'{path}' holds keys that are no options")
-        return cls(**{**told, **{key: value for key, value in flags.items() if value is not None}})
+        told = {key: value for key, value in told.items() if key in known}
+        return cls(**{**told, **{key: value for key, value in flags.items() if value is not None}}, unknown=unknown)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as in a YAML."""
@@ -162,8 +216,11 @@ def _file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the options in '{path}' cannot be read: {error}") from error
     if not isinstance(told, dict):
         raise ConfigError(f"'{path}' must hold options as `key: value`, got {type(told).__name__}")
-    for key in ("model", "hub", *PATHS):
-        value = told.get(key)
+    selectors = told.get("selectors")
+    inner = [told.get("feedback"), *(selectors.values() if isinstance(selectors, dict) else ())]
+    places = [(told, key) for key in ("model", "hub", "feedback", *PATHS)]
+    for place, key in [*places, *((one, "folder") for one in inner if isinstance(one, dict))]:
+        value = place.get(key)
         if isinstance(value, str) and value.startswith(("./", "../", "~")):
-            told[key] = os.path.normpath(path.parent / Path(value).expanduser())
+            place[key] = os.path.normpath(path.parent / Path(value).expanduser())
     return told

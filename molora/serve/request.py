@@ -252,12 +252,14 @@ class Stream:
     def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
         self.request = request
         self.submitted = time.monotonic()
+        self.started: float | None = None  # when the engine began with it
         self.first_token: float | None = None
         self.finished: float | None = None
         self._cancel = cancel
         self._chunks: deque[Chunk] = deque()
         self._arrived = threading.Condition()
         self._wake: Callable[[], None] | None = None  # of an asyncio reader that waits
+        self._is_whole = False  # whether it waits for the last chunk alone
 
     # --- the engine's side --------------------------------------------------------------------------------------
 
@@ -272,7 +274,9 @@ class Stream:
             if chunk.finish is not None:
                 self.finished = now
             self._chunks.append(chunk)
-            wake, self._wake = self._wake, None
+            wake = None
+            if chunk.finish is not None or not self._is_whole:
+                wake, self._wake = self._wake, None
             self._arrived.notify_all()
         if wake is not None:
             wake()
@@ -316,6 +320,26 @@ class Stream:
         finally:
             if not done:
                 self.cancel()
+
+    async def chunks(self) -> list[Chunk]:
+        """Wait for the last chunk and return all of them; cheaper than `async for`, which wakes for every token.
+
+        When it is cancelled, so is the request.
+        """
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            with self._arrived:
+                self._is_whole, self._wake = True, partial(_set, loop, ready)
+                waits = self.finished is None
+            if waits:
+                await ready.wait()
+        except BaseException:
+            self.cancel()
+            raise
+        with self._arrived:
+            found = list(self._chunks)
+            self._chunks.clear()
+        return found
 
     def result(self) -> tuple[str, Chunk]:
         """Wait for the whole answer; return its text and the last chunk.

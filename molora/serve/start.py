@@ -19,6 +19,7 @@ from ..prompts.saving import load_selector, wants_model
 from ..prompts.selector import PromptSelector
 from ..train.models import as_dtype, load_config, load_tokenizer, load_with
 from .engine import Engine
+from .feedback import make_feedback
 from .options import ServeOptions
 from .service import Service
 from .store import AdapterStore
@@ -41,7 +42,8 @@ def start(options: ServeOptions) -> tuple[Service, list[str]]:
     """
     began = time.perf_counter()
     # tenants first: a mistake in their file should not cost the time of loading a model
-    tenants, lines = _tenants(options)
+    feedback = make_feedback(options.feedback)
+    tenants, lines = open_tenants(options)
     model, tokenizer, told = load_model(options)
     lines = [told, *lines]
     store = AdapterStore(
@@ -71,7 +73,10 @@ def start(options: ServeOptions) -> tuple[Service, list[str]]:
         store.close()
         raise
     lines += [f"selectors for 'auto': {', '.join(engine.selectors)}"] if engine.selectors else []
-    service = Service(engine, store, name=str(options.name), tokenizer=tokenizer, tenants=tenants)
+    if feedback is not None:
+        where = "in memory" if feedback.folder is None else f"in '{feedback.folder}'"
+        lines.append(f"feedback: kept {where}; bandits {'are frozen' if feedback.frozen else 'learn at once'}")
+    service = Service(engine, store, name=str(options.name), tokenizer=tokenizer, tenants=tenants, feedback=feedback)
     lines.append(f"ready in {time.perf_counter() - began:.1f} s")
     return service, lines
 
@@ -90,6 +95,15 @@ def load_model(options: ServeOptions) -> tuple[nn.Module, Any, str]:
     count = sum(parameter.numel() for parameter in model.parameters())
     kind = next(iter({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}), "")
     return model.eval(), tokenizer, f"model '{options.name}': {type(model).__name__}, {count / 1e6:.0f} M, {kind}"
+
+
+def tokenizer_of(options: ServeOptions) -> Any:
+    """Load the tokenizer alone, as `load_model` does."""
+    if options.gguf_file is None:
+        return load_tokenizer(options.model)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(Path(options.model).expanduser(), gguf_file=options.gguf_file)
 
 
 def _loader(config: Any) -> Any:
@@ -121,7 +135,8 @@ def _gguf(options: ServeOptions) -> tuple[nn.Module, Any]:
         raise ConfigError(f"'{folder / str(file)}' cannot be read: {error}; is gguf installed?") from error
 
 
-def _tenants(options: ServeOptions) -> tuple[Tenants | None, list[str]]:
+def open_tenants(options: ServeOptions) -> tuple[Tenants | None, list[str]]:
+    """Open the database of tenants and bring their file into it; returns lines for the report."""
     if options.tenants is None and options.database is None:
         return None, ["tenants: none, so everybody may use everything; --tenants FILE changes that"]
     database = options.database

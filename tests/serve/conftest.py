@@ -3,6 +3,7 @@
 import pytest
 
 from tests.serve.databases import KINDS, empty_url, opened, postgres
+from tests.serve.served import make_world
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,9 @@ def tenants(database_url):
     """Tenants in a new database, on SQLite and on PostgreSQL, with a clock that the test moves."""
     with opened(database_url) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A base model, a library and tenants in a folder, made once; nothing in it changes."""
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from ..request import ServeError
 from ..service import Service
@@ -15,12 +16,15 @@ _bearer = HTTPBearer(auto_error=False, description="A key of the server, as in `
 Key = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # a plain function would cost every request a hop to a thread
     return request.app.state.service
 
 
-def _tenant(request: Request, key: Key) -> Tenant:
-    return request.app.state.service.tenant_of(None if key is None else key.credentials)
+async def _tenant(request: Request, key: Key) -> Tenant:
+    service: Service = request.app.state.service
+    if service.tenants is None:
+        return service.tenant_of(None)
+    return await run_in_threadpool(service.tenant_of, None if key is None else key.credentials)
 
 
 def _manager(tenant: Annotated[Tenant, Depends(_tenant)]) -> Tenant:
@@ -35,8 +39,7 @@ def _manager(tenant: Annotated[Tenant, Depends(_tenant)]) -> Tenant:
 
 def _admin(request: Request, key: Key) -> None:
     """Raise ServeError unless the key is an admin's; without tenants everybody is one."""
-    tenants: Any = request.app.state.service.tenants
-    if tenants is not None and (key is None or not tenants.is_admin(key.credentials)):
+    if not request.app.state.service.is_admin(None if key is None else key.credentials):
         raise ServeError("an admin key is needed; `molora tenants` makes one", 401, "invalid_api_key")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from ..request import ServeError
@@ -24,32 +25,22 @@ class BodyLimit:
         if stated.isdigit() and int(stated) > self.limit:
             await self._refuse(scope, receive, send)
             return
-        read, answered = 0, False
+        read = 0
 
         async def counted() -> Any:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.limit:
-                raise _TooLargeError
+                raise HTTPException(413, self._text)  # FastAPI lets no other error of reading through
             return message
 
-        async def sending(message: Any) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
+        await self.app(scope, counted, send)
 
-        try:
-            await self.app(scope, counted, sending)
-        except _TooLargeError:
-            if answered:
-                raise
-            await self._refuse(scope, receive, send)
+    @property
+    def _text(self) -> str:
+        return f"the body is larger than {self.limit} bytes"
 
     async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
-        error = ServeError(f"the body is larger than {self.limit} bytes", 413, "body_too_large")
-        await JSONResponse(error.body(), status_code=413)(scope, receive, send)
-
-
-class _TooLargeError(Exception):
-    pass
+        error = ServeError(self._text, 413, "body_too_large")
+        await JSONResponse(error.body(), status_code=413, headers={"Connection": "close"})(scope, receive, send)

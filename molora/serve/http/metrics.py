@@ -17,9 +17,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram,
 from prometheus_client import Counter as Count
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..request import Chunk, Stream
+from ..request import Chunk, ServeError, Stream
 from ..service import Service
-from .caller import Served
+from .caller import Key, Served
+from .described import ERRORS, HEALTH, READY
 
 router = APIRouter(tags=["operation"])
 MOST = 20  # adapters, and tenants, that metrics name
@@ -103,9 +104,10 @@ class _Readings:
             yield CounterMetricFamily(f"molora_adapter_{name}", f"Adapter {name.replace('_', ' ')}.", value=value)
 
 
-def _top(name: str, text: str, label: str, counts: Any) -> CounterMetricFamily:
+def _top(name: str, text: str, label: str, counts: Any) -> GaugeMetricFamily:
     """Return a metric that names the largest counts, and adds the others up."""
-    family = CounterMetricFamily(name, text, labels=[label])
+    # a gauge, since `other` falls when one of the others comes to be named
+    family = GaugeMetricFamily(name, text, labels=[label])
     ranked: list[tuple[str, float]] = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
     for key, value in ranked[:MOST]:
         family.add_metric([key], value)
@@ -140,20 +142,30 @@ class Watch:
             self.meter.requests.labels(route, str(status)).inc()
 
 
-@router.get("/metrics", response_class=Response)
-def metrics(request: Request) -> Response:
-    """Return the metrics of this server for Prometheus."""
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {CONTENT_TYPE_LATEST.partition(";")[0]: {"schema": {"type": "string"}}}}, **ERRORS},
+)
+def metrics(request: Request, service: Served, key: Key) -> Response:
+    """Return the metrics of this server for Prometheus; they name tenants and adapters, so an admin key is needed."""
+    if not (request.app.state.open_metrics or service.is_admin(None if key is None else key.credentials)):
+        raise ServeError(
+            "metrics name tenants and adapters, so an admin key is needed; or start with open_metrics: true",
+            status=401,
+            code="invalid_api_key",
+        )
     return Response(request.app.state.meter.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/healthz")
+@router.get("/healthz", responses=HEALTH)
 def health(service: Served) -> JSONResponse:
     """Tell whether the engine runs; restart the server when it does not."""
     healthy = service.engine.stats().healthy
     return JSONResponse({"healthy": healthy}, status_code=200 if healthy else 503)
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=READY)
 def ready(service: Served) -> JSONResponse:
     """Tell whether requests should be sent here: not while starting, draining, or waiting for pinned adapters."""
     stats = service.engine.stats()

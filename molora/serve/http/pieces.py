@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
 
-from ..request import Base, Chunk, Mixture, Stream, Weighted
+from ..request import Base, Chunk, Mixture, ServeError, Stream, Weighted
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ class Piece:
 
     Attributes:
         index: of the answer.
-        chunk: the chunk; its finish is one that OpenAI knows, or `cancelled` or `timeout`.
+        chunk: the chunk; its finish is one that OpenAI knows, or there is an error.
         offset: characters of the answer before it.
         stream: where it comes from.
     """
@@ -47,11 +47,19 @@ class Piece:
 async def _pieces(index: int, stream: Stream) -> AsyncIterator[Piece]:
     offset = 0
     async for chunk in stream:
-        yield Piece(index, chunk, offset, stream)
+        yield Piece(index, _told(chunk), offset, stream)
         offset += len(chunk.text)
 
 
-async def merged(streams: list[Stream]) -> AsyncIterator[Piece]:
+def _told(chunk: Chunk) -> Chunk:
+    """Return a chunk whose end a client knows; who cancelled an answer does not read it, so another one did."""
+    if chunk.finish != "cancelled":
+        return chunk
+    error = ServeError("the server has ended this answer, since it is going down; ask again", 503, "draining")
+    return replace(chunk, finish="error", error=error)
+
+
+async def merged(streams: Sequence[Stream]) -> AsyncIterator[Piece]:
     """Yield the pieces of all answers as they come."""
     if len(streams) == 1:
         async for piece in _pieces(0, streams[0]):
@@ -84,15 +92,14 @@ async def merged(streams: list[Stream]) -> AsyncIterator[Piece]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def whole(streams: list[Stream]) -> list[Piece]:
+async def whole(streams: Sequence[Stream]) -> list[Piece]:
     """Return every answer as one piece; when this is cancelled, so are the answers."""
 
     async def one(index: int, stream: Stream) -> Piece:
-        text, tokens, chunk = [], [], Chunk()
-        async for chunk in stream:
-            text.append(chunk.text)
-            tokens += chunk.tokens
-        return Piece(index, replace(chunk, text="".join(text), tokens=tuple(tokens)), 0, stream)
+        chunks = await stream.chunks()
+        text = "".join(chunk.text for chunk in chunks)
+        tokens = tuple(token for chunk in chunks for token in chunk.tokens)
+        return Piece(index, replace(_told(chunks[-1]), text=text, tokens=tokens), 0, stream)
 
     return list(await asyncio.gather(*(one(index, stream) for index, stream in enumerate(streams))))
 

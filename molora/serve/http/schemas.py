@@ -141,7 +141,8 @@ class ChatBody(_Generate):
         if self.top_logprobs is not None and not self.logprobs:
             raise ServeError("top_logprobs needs logprobs: true", param="top_logprobs")
         most = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling(self.max_completion_tokens or self.max_tokens, most)
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._sampling(limit, most)
 
 
 class CompletionBody(_Generate):
@@ -220,10 +221,10 @@ class VllmUnloadBody(BaseModel):
 
 
 class FeedbackBody(_Body):
-    """The body of POST /v1/feedback: how good the answer with this id was."""
+    """The body of POST /v1/feedback: how good the answer with this id was, from 0 to 1."""
 
     response_id: Name
-    reward: float = Field(ge=-1e6, le=1e6)
+    reward: float = Field(ge=0, le=1)
 
 
 def _biases(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:

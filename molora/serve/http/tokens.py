@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..request import Token
+from ..request import Chunk, Token
 
 
 def chat_logprobs(tokenizer: Any, tokens: Sequence[Token]) -> dict[str, Any]:
@@ -21,13 +21,16 @@ def chat_logprobs(tokenizer: Any, tokens: Sequence[Token]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+def completion_logprobs(tokenizer: Any, chunk: Chunk, offset: int) -> dict[str, Any]:
     """Return the `logprobs` of a choice of /v1/completions; `offset` is where its text begins in the answer."""
+    tokens = chunk.tokens
     texts = [tokenizer.decode([token.id]) for token in tokens]
-    offsets = []
+    offsets, at = [], 0
     for text in texts:
-        offsets.append(offset)
-        offset += len(text)
+        found = chunk.text.find(text, at)  # a tokenizer may put spaces between, or leave a token out
+        at = found if found >= 0 else at
+        offsets.append(offset + at)
+        at += len(text) if found >= 0 else 0
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
