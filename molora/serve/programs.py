@@ -27,11 +27,13 @@ class Decision:
         layer: path of the layer; of those that share a decision, the one that took it.
         gates: (n, E) for the n tokens that this forward read of the request, on the CPU.
         probs: (n, E), before a selector chose among them.
+        drawn: how many tokens of the answer there were before this forward.
     """
 
     layer: str
     gates: Tensor
     probs: Tensor
+    drawn: int = 0
 
 
 Watcher = Callable[[Decision], None]
@@ -95,23 +97,28 @@ class Composer:
 
     def _compose(self, jobs: Sequence[Job]) -> dict[str, Rows]:
         device = next(self.model.parameters()).device
-        gates: dict[str, Tensor] = {}
-        masks: dict[str, Tensor] = {}
+        gates: dict[str, list[tuple[int, int, float]]] = {}  # by adapter: row, slot, weight
+        masks: dict[str, list[int]] = {}
         for row, job in enumerate(jobs):
             if isinstance(job.program, Weighted):
                 assert job.lease is not None
                 for name, weight in job.program.weights:
                     adapter, slot = job.lease.rows[name]
-                    if adapter not in gates:
-                        gates[adapter] = torch.zeros(len(jobs), 1, self._size(adapter))
-                    gates[adapter][row, 0, slot] += weight
+                    gates.setdefault(adapter, []).append((row, int(slot or 0), float(weight)))
             elif isinstance(job.program, Mixture):
                 assert job.lease is not None
-                adapter, _ = job.lease.rows[job.program.name]
-                masks.setdefault(adapter, torch.zeros(len(jobs), 1, 1))[row] = 1.0
-        return {name: Rows(gates=told.to(device)) for name, told in gates.items()} | {
-            name: Rows(mask=told.to(device)) for name, told in masks.items()
-        }
+                masks.setdefault(job.lease.rows[job.program.name][0], []).append(row)
+        found = {}
+        for adapter, told in gates.items():
+            rows, slots, weights = zip(*told, strict=True)
+            table = torch.zeros(len(jobs), self._size(adapter))  # filled at once: writing one by one takes longer
+            table.index_put_((torch.tensor(rows), torch.tensor(slots)), torch.tensor(weights), accumulate=True)
+            found[adapter] = Rows(gates=table[:, None].to(device))
+        for adapter, chosen in masks.items():
+            mask = torch.zeros(len(jobs), 1, 1)
+            mask[chosen] = 1.0
+            found[adapter] = Rows(mask=mask.to(device))
+        return found
 
     def _size(self, adapter: str) -> int:
         """Return how many experts (slots) an adapter has."""
@@ -145,7 +152,7 @@ class Composer:
                 if site.adapter != adapter or job.watcher is None:
                     continue
                 place = slice(starts[row], starts[row + 1]) if counts is not None else row
-                job.watcher(Decision(site.name, *_cut(routing, place, context.valid)))
+                job.watcher(Decision(site.name, *_cut(routing, place, context.valid), len(job.drawn)))
 
         return read
 

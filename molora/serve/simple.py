@@ -32,7 +32,7 @@ class Simple:
         batches: how many batches may run side by side.
     """
 
-    name = "hf-simple"
+    name, packs = "hf-simple", False
 
     def __init__(
         self,
@@ -87,10 +87,11 @@ class Simple:
         """Add one token to every row; a batch that has not begun reads its prompts."""
         events = []
         for batch in list(self._batches):
-            jobs, began = list(batch.jobs), time.thread_time()
+            jobs = list(batch.jobs)
             with self.composer.acting(jobs):
+                began = time.thread_time()
                 logits = batch.forward(self.decoder)
-            self._busy += time.thread_time() - began
+                self._busy += time.thread_time() - began
             drawn = draw(jobs, logits)
             batch.last = [event.token.id if event.token else self.decoder.pad_id for event in drawn]
             events += drawn
