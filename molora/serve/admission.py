@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from .fair import Scheduler
 from .request import Auto, Base, Mixture, Program, Sampling, ServeError, Weighted, needs
 from .tenants.tenant import not_found
 
@@ -22,12 +23,25 @@ def check_tokens(prompt_ids: list[int], sampling: Sampling, vocabulary: int) -> 
             f"the prompt has token {wrong[0]}, but the model knows tokens 0 to {vocabulary - 1}", param="prompt"
         )
     sampling.check()
-    unknown = [token for token, _ in sampling.logit_bias if not 0 <= token < vocabulary]
-    if unknown:
-        raise ServeError(
-            f"logit_bias names token {unknown[0]}, but the model knows tokens 0 to {vocabulary - 1}",
-            param="logit_bias",
-        )
+    named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
+    for name, tokens in named.items():
+        unknown = [token for token in tokens if not 0 <= token < vocabulary]
+        if unknown:
+            raise ServeError(
+                f"{name} names token {unknown[0]}, but the model knows tokens 0 to {vocabulary - 1}", param=name
+            )
+
+
+def check_queue(scheduler: Scheduler[Any], most: int, tenant: str | None) -> None:
+    """Raise ServeError when the queue is full for a tenant; for None, for everybody.
+
+    A tenant that fills the queue must not shut out the others: each may have its even share of `most`, as long as all
+    together have no more than twice as much.
+    """
+    waiting, (own, tenants) = len(scheduler), (0, 1) if tenant is None else scheduler.waiting(tenant)
+    if waiting >= 2 * most or (waiting >= most and own >= most // tenants):
+        text = f"{waiting} requests are waiting already; try again later"
+        raise ServeError(text, status=429, code="queue_full", retry_after=1)
 
 
 def check_length(prompt: int, asked: int | None, longest: int, of: str) -> None:
@@ -55,7 +69,7 @@ def check_program(program: Program, kinds: Mapping[str, str]) -> None:
 
     Args:
         program: which experts act.
-        kinds: "adapter" or "mixture" by name, of all that is registered.
+        kinds: `lora` or `mixture` by name, of all that is registered.
     """
     for name in needs(program):
         if name not in kinds:
@@ -84,7 +98,7 @@ def settle(
     Args:
         auto: what it reads, and what it may choose from.
         selectors: by name; the first one is the default.
-        kinds: "adapter" or "mixture" by name, of all that is registered.
+        kinds: `lora` or `mixture` by name, of all that is registered.
     """
     if not selectors:
         raise not_found("auto")

@@ -40,10 +40,12 @@ class Backend(Protocol):
     Attributes:
         name: as in options and reports, such as `hf-simple`.
         capacity: tokens of keys and values that its memory holds at most.
+        packs: whether the tokens of requests share a row, where no router may look at other tokens.
     """
 
     name: str
     capacity: int
+    packs: bool
 
     def why_not(self, program: Program) -> str | None:
         """Return why it cannot run a program at all; None when it can."""

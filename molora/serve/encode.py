@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,9 +74,8 @@ class Encoder:
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._cacheless = {"use_cache": False} if "use_cache" in accepted else {}
 
-    @torch.inference_mode()
-    def __call__(self, asked: Encoding) -> Tensor:
-        """Return the vectors or the probabilities of all prompts, in their order.
+    def steps(self, asked: Encoding) -> Iterator[Tensor | None]:
+        """Run one forward after another; yield None, and at last the vectors or probabilities in the prompts' order.
 
         Raises:
             ServeError: the model cannot do what is asked.
@@ -86,10 +85,13 @@ class Encoder:
         for start in range(0, len(order), self.max_batch):
             rows = order[start : start + self.max_batch]
             prompts = [asked.prompts[row] for row in rows]
-            with self.composer.acting([asked] * len(rows)):
+            with torch.inference_mode(), self.composer.acting([asked] * len(rows)):
                 parts.append(self._vectors(prompts, asked.pooling) if asked.pooling else self._classes(prompts))
+            if start + self.max_batch < len(order):
+                yield None
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-        return torch.cat(parts)[back]
+        with torch.inference_mode():
+            yield torch.cat(parts)[back]
 
     def _vectors(self, prompts: Sequence[Sequence[int]], pooling: str) -> Tensor:
         ids, mask = pad(prompts, self.pad_id, left=False, device=next(self.model.parameters()).device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -37,7 +38,7 @@ class Engine:
         scheduler: who is next; None: fair shares by tenant.
         kv_bytes: memory of keys and values.
         max_batch: requests that run at the same time.
-        max_waiting: requests that wait at most.
+        max_waiting: requests that wait at most; beyond it, tenants with less than an even share may add some.
         max_length: tokens of prompt and answer together; None: what the model takes.
         timeout: seconds that a request may take, unless it asks for less.
         selectors: what `Auto` may ask, by name; the first one is the default.
@@ -73,8 +74,8 @@ class Engine:
         self.max_length = max_length if max_length is not None else _longest(base.config)
         self.vocabulary = int(base.get_input_embeddings().weight.shape[0])
         self._eos = _eos(base, tokenizer)
-        scheduler = Scheduler() if scheduler is None else scheduler
-        self._loop = Loop(store, scheduler, self._backends.all, Encoder(model, pad_id, max_batch, Composer(model)))
+        self.scheduler: Scheduler[Any] = Scheduler() if scheduler is None else scheduler
+        self._loop = Loop(store, self.scheduler, self._backends.all, Encoder(model, pad_id, max_batch, Composer(model)))
         self._loop.start()
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ class Engine:
         Raises:
             ServeError: it cannot be served: 400 wrong or too long, 404 unknown adapter, 429 queue full, 503 draining.
         """
-        self._loop.check_open(self.max_waiting)
+        self._loop.check_open(self.max_waiting, request.tenant)
         admission.check_tokens(request.prompt_ids, request.sampling, self.vocabulary)
         program, chosen = self._settled(request.program)
         if chosen is not None:
@@ -106,6 +107,8 @@ class Engine:
         limit = self._limit(len(request.prompt_ids), request.sampling.max_tokens, backend)
         stream = Stream(request, self.cancel)
         timeout = self.timeout if request.timeout is None else min(request.timeout, self.timeout)
+        if math.isnan(timeout):
+            raise ServeError("timeout must be a number of seconds, got nan", param="timeout")
         job = Job(
             request,
             stream,
@@ -121,14 +124,22 @@ class Engine:
         self._loop.push(job, request.tenant, request.weight, len(request.prompt_ids), self.max_waiting)
         return stream
 
+    def check_open(self, tenant: str | None = None) -> None:
+        """Raise ServeError when no request of a tenant would be taken now: 429 queue full, 503 draining or failed."""
+        self._loop.check_open(self.max_waiting, tenant)
+
     def cancel(self, id: str) -> None:
         """End a request, wherever it is; unknown ones are ignored."""
         self._loop.cancel(id)
 
+    @property
+    def longest(self) -> int:
+        """How many tokens prompt and answer may have together, on the backend that takes most."""
+        return max([self._longest_of(backend)[0] for backend in self._backends.all], default=0)
+
     def answer_limit(self, prompt: int, sampling: Sampling) -> int:
         """Return how many tokens the answer to a prompt of so many tokens can have at most."""
-        most = max([self._longest_of(backend)[0] for backend in self._backends.all], default=0)
-        room = max(0, most if self.is_pair else most - prompt)
+        room = max(0, self.longest if self.is_pair else self.longest - prompt)
         return room if sampling.max_tokens is None else min(sampling.max_tokens, room)
 
     def embed(
@@ -153,7 +164,7 @@ class Engine:
         Raises:
             ServeError: as of `submit`.
         """
-        self._loop.check_open(self.max_waiting)
+        self._loop.check_open(self.max_waiting, tenant)
         if pooling is not None and pooling not in POOLINGS:
             raise ServeError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}", param="pooling")
         if not prompts:
@@ -212,7 +223,7 @@ class Engine:
         return program, chosen
 
     def _kinds(self, program: Program) -> dict[str, str]:
-        """Return "adapter" or "mixture" by name, of what a program names or may choose, as far as it is there."""
+        """Return `lora` or `mixture` by name, of what a program names or may choose, as far as it is there."""
         names = program.allowed if isinstance(program, Auto) else needs(program)
         found = {name: self._entry(name) for name in names}
         return {name: entry.kind for name, entry in found.items() if entry is not None}

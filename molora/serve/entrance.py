@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 from .encode import Encoder, Encoding
 from .fair import Scheduler
 from .jobs import Job, salt_of
-from .request import ServeError, needs
+from .request import Mixture, ServeError, needs
 from .stats import Counts
 
 logger = logging.getLogger("molora.serve")
@@ -31,6 +31,7 @@ class Entrance:
 
     Attributes:
         running: jobs that were started, by id.
+        reading: the encoding that is being read, and its forwards to come.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Entrance:
         self.store, self.scheduler, self.encoder, self.counts = store, scheduler, encoder, counts
         self.refuse = refuse
         self.running: dict[str, Job] = {}
-        self._held: Item | None = None  # waits for room with its lease in hand, since it is next
+        self.reading: tuple[Encoding, Iterator[Any]] | None = None
+        self._held: set[Item] = set()  # wait for room with their leases in hand, since they are next on their backends
+        self._full: set[Any] = set()  # backends that have no room for the next one, in this turn
         self._cold: set[tuple[str, ...]] = set()  # adapters that were not ready; forgotten when the store changes
         self._thawed = True
 
@@ -57,27 +60,37 @@ class Entrance:
         if self._thawed:
             self._thawed = False
             self._cold.clear()
-        held, self._held = self._held, None
-        while len(self.scheduler) and (item := self.scheduler.pop(self._is_ready, self._fits)) is not None:
-            if self._held is item:
-                self._held = None
+        held, self._held = self._held, set()
+        self._full.clear()
+        if self.reading is not None:
+            self._read_on()
+        while len(self.scheduler):
+            full = len(self._full)
+            item = self.scheduler.pop(self._is_ready, self._fits)
+            if item is None:
+                if len(self._full) == full:
+                    break
+                continue  # one backend is full: another one may have room for those behind
+            self._held.discard(item)
             if isinstance(item, Encoding):
                 self._encode(item)
-                break  # running answers go on between two of them
+                break
             self._start(item)
-        if held is not None and held is not self._held and getattr(held, "id", None) not in self.running:
-            self.give_back(held)
+        for item in held - self._held:
+            if getattr(item, "id", None) not in self.running:
+                self.give_back(item)
 
     def give_back(self, item: Item) -> None:
         """Return what an item has borrowed."""
         lease, item.lease = item.lease, None
         if lease is not None:
             lease.release()
-        if self._held is item:
-            self._held = None
+        self._held.discard(item)
 
     def _is_ready(self, item: Item) -> bool:
         """Tell whether an item has its adapters, and take them; called by the scheduler for the next in line."""
+        if item.backend in self._full or (isinstance(item, Encoding) and self.reading is not None):
+            return False  # nobody overtakes the one that waits for room there, and one encoding is read at a time
         names = needs(item.program)
         if names and item.lease is None and item.failure is None:
             if names in self._cold:
@@ -91,17 +104,21 @@ class Entrance:
                 self._cold.add(names)
                 return False
         if item.lease is not None:
-            self._held = item
+            self._held.add(item)
         return True
 
     def _fits(self, item: Item) -> bool:
-        return item.backend is None or item.failure is not None or item.backend.fits(item)
+        if item.backend is None or item.failure is not None or item.backend.fits(item):
+            return True
+        self._full.add(item.backend)
+        return False
 
     def _start(self, job: Job) -> None:
         try:
             if job.failure is not None:
                 raise job.failure
             if job.lease is not None:
+                check_lent(job)
                 job.salt = salt_of(job.program, job.lease.digests)
             job.backend.start(job)
         except Exception as error:
@@ -110,20 +127,71 @@ class Entrance:
             self.refuse(job, error)
             return
         self.running[job.id] = job
+        job.stream.started = time.monotonic()
         self.counts.started += 1
         self.counts.tokens_in += len(job.prompt_ids)
-        self.counts.tokens_cached += job.cached
 
     def _encode(self, item: Encoding) -> None:
-        began = time.thread_time()
-        if item.failure is not None:
-            run_into(item.result, lambda: throw(item.failure))
-        else:
+        """Begin to read the prompts of an encoding, unless nobody waits for it any more."""
+        if not item.result.set_running_or_notify_cancel():
+            self.give_back(item)
+            return
+        if item.failure is None:
             self.counts.started += 1
             self.counts.tokens_in += sum(map(len, item.prompts))
-            run_into(item.result, lambda: self.encoder(item))
+        self.reading = item, self._steps(item)
+        self._read_on()
+
+    def _steps(self, item: Encoding) -> Iterator[Any]:
+        if item.lease is not None:
+            check_lent(item)
+        yield from self.encoder.steps(item)
+
+    def _read_on(self) -> None:
+        """Run one forward of the encoding that is being read; running answers go on between two of them."""
+        assert self.reading is not None
+        (item, steps), began = self.reading, time.thread_time()
+        try:
+            if item.failure is not None:
+                raise item.failure
+            vectors = next(steps)
+        except BaseException as error:
+            is_known = isinstance(error, ServeError) or not isinstance(error, Exception)
+            self.stop_reading(error if is_known else told_of(error))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if vectors is not None:
+                self.reading = None
+                self.give_back(item)
+                item.result.set_result(vectors)
         self.counts.encoding += time.thread_time() - began
-        self.give_back(item)
+
+    def stop_reading(self, error: BaseException) -> None:
+        """End the encoding that is being read, if any."""
+        if self.reading is not None:
+            (item, _), self.reading = self.reading, None
+            self.give_back(item)
+            item.result.set_exception(error)
+
+
+def check_lent(item: Item) -> None:
+    """Raise ServeError when a name means another kind of adapter now than when the request was checked.
+
+    A mixture's mask over a bucket of slots would let the adapters of all tenants act, and a router that looks at other
+    tokens would read those of other requests in a packed row.
+    """
+    assert item.lease is not None
+    is_mixture = isinstance(item.program, Mixture)
+    misplaced = [name for name, place in item.lease.rows.items() if (place[1] is None) != is_mixture]
+    if misplaced or (item.backend is not None and item.backend.packs and not item.lease.packed):
+        name = (misplaced or needs(item.program))[0]
+        raise ServeError(
+            f"'{name}' was replaced by another kind of adapter while this request waited; send it again",
+            409,
+            "adapter_replaced",
+            "model",
+        )
 
 
 def run_into(future: Future[Any], function: Callable[[], Any]) -> None:
@@ -134,12 +202,17 @@ def run_into(future: Future[Any], function: Callable[[], Any]) -> None:
         future.set_result(function())
     except Exception as error:
         if not isinstance(error, ServeError):
-            logger.exception("what was to run on the engine's thread failed")
-            error = failed(error) if not isinstance(error, (TypeError, ValueError)) else error
+            error = told_of(error)
         future.set_exception(error)
     except BaseException as error:
         future.set_exception(error)
         raise
+
+
+def told_of(error: Exception) -> Exception:
+    """Log an error that nobody foresaw, and return what the caller is told of it."""
+    logger.error("what was to run on the engine's thread failed", exc_info=error)
+    return error if isinstance(error, (TypeError, ValueError)) else failed(error)
 
 
 def throw(error: Exception | None) -> None:

@@ -55,6 +55,7 @@ class _Tenant(Generic[Item]):
     counter: float = 0.0
     input: int = 0
     output: int = 0
+    elsewhere: float = 0.0  # service from other servers that was counted since its last turn here
     is_passed_over: bool = False  # it waits for an adapter, so the others went on without it
     queue: OrderedDict[int, tuple[Item, int]] = field(default_factory=OrderedDict)  # arrival -> (item, input tokens)
 
@@ -139,6 +140,7 @@ class Scheduler(Generic[Item]):
                         if fits is not None and not fits(item):
                             return None
                         self._take(name, arrival)
+                        one.elsewhere = 0.0
                         self._charge(one, tokens, 0)
                         if not one.queue:
                             self._leave(name)
@@ -156,6 +158,21 @@ class Scheduler(Generic[Item]):
                 raise KeyError(f"tenant '{tenant}' never had anything waiting")
             self._charge(one, input, output)
 
+    def charge_elsewhere(self, tenant: str, service: float, most: float) -> None:
+        """Count service that a tenant got from another server while it waits here.
+
+        Args:
+            tenant: whose it is; nothing happens when it does not wait, since pauses earn neither credit nor debt.
+            service: as `w_in * input + w_out * output`.
+            most: how much of it counts between two of its turns here, so that it never waits for good.
+        """
+        with self._lock:
+            if tenant in self._active:
+                one = self._tenants[tenant]
+                counted = max(0.0, min(service, most - one.elsewhere))
+                one.elsewhere += counted
+                one.counter += counted / one.weight
+
     def remove(self, item: Item) -> bool:
         """Forget a waiting item, for example because its client left; False when it does not wait (any more)."""
         with self._lock:
@@ -169,6 +186,12 @@ class Scheduler(Generic[Item]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def waiting(self, tenant: str) -> tuple[int, int]:
+        """Return how many items of a tenant wait, and how many tenants have something waiting, this one included."""
+        with self._lock:
+            own = len(self._tenants[tenant].queue) if tenant in self._active else 0
+            return own, len(self._active) + (not own)
 
     def __iter__(self) -> Iterator[Item]:
         """Yield what waits now, roughly in the order in which it will be served: what to prefetch for."""

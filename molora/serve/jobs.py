@@ -29,6 +29,11 @@ class Lease(Protocol):
         """By the name of the adapter: the digest of all that decides what it does."""
         ...
 
+    @property
+    def packed(self) -> bool:
+        """Whether all of them can run where the tokens of requests are packed in one row."""
+        ...
+
     def release(self) -> None:
         """Give it back."""
         ...
@@ -111,7 +116,12 @@ class Job:
     def end(self, finish: Finish, error: ServeError | None = None) -> Chunk:
         """End it before its last token; return the last chunk, with the text that was held back."""
         self.finish = finish
-        return self._chunk(self.text.flush(), (), error)
+        try:
+            held = self.text.flush()
+        except Exception:  # a tokenizer that cannot decode this answer: what was held back is lost, and nothing else
+            logger.exception("the end of request %s could not be decoded", self.id)
+            held = ""
+        return self._chunk(held, (), error)
 
     def tell(self, chunk: Chunk) -> None:
         """Give the reader a chunk."""

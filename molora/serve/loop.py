@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from .admission import check_queue
 from .backend import Backend
 from .encode import Encoder, Encoding
 from .entrance import Entrance, Item, failed, run_into, throw
@@ -42,6 +43,7 @@ class Loop:
         self._deadlines: list[tuple[float, int, Job]] = []
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._pushed = self._untold = 0  # requests so far; of those that have ended, who was not told yet
+        self._encoding = 0  # Encodings that have no result yet
         self._changed = self._draining = self._closing = False
         self._dead: BaseException | None = None
         # of the thread alone:
@@ -58,27 +60,22 @@ class Loop:
 
     # --- from any thread ------------------------------------------------------------------------------------------
 
-    def check_open(self, max_waiting: int) -> None:
-        """Raise ServeError when nothing can be queued."""
+    def check_open(self, max_waiting: int, tenant: str | None = None) -> None:
+        """Raise ServeError when nothing can be queued, by this tenant or, for None, by anybody."""
         if self._dead is not None:
             raise ServeError("the engine has failed; the server must be restarted", status=503, code="engine_failed")
         if self._draining or self._closing:
             raise ServeError("the server is going down; ask another one", status=503, code="draining", retry_after=5)
-        if len(self.scheduler) >= max(1, max_waiting):
-            raise ServeError(
-                f"{len(self.scheduler)} requests are waiting already; try again later",
-                status=429,
-                code="queue_full",
-                retry_after=1,
-            )
+        check_queue(self.scheduler, max(1, max_waiting), tenant)
 
     def push(self, item: Item, tenant: str, weight: float, tokens: int, max_waiting: int) -> None:
         """Queue an item."""
         with self._lock:
-            self.check_open(max_waiting)
+            self.check_open(max_waiting, tenant)
+            if isinstance(item, Job) and item.id in self._jobs:
+                raise ServeError(f"request '{item.id}' is there already; choose another id", 409, "duplicate_id")
+            self.scheduler.push(tenant, weight, item, tokens)  # first: it may refuse
             if isinstance(item, Job):
-                if item.id in self._jobs:
-                    raise ServeError(f"request '{item.id}' is there already; choose another id", 409, "duplicate_id")
                 self._jobs[item.id] = item
                 self._pushed += 1
                 if len(self._deadlines) > 2 * len(self._jobs) + 64:  # most of those have long ended
@@ -86,8 +83,15 @@ class Loop:
                     heapq.heapify(self._deadlines)
                 if item.deadline is not None:
                     heapq.heappush(self._deadlines, (item.deadline, self._pushed, item))
-            self.scheduler.push(tenant, weight, item, tokens)
+            else:
+                self._encoding += 1
+                item.result.add_done_callback(self._encoded)
             self._tell()
+
+    def _encoded(self, result: Future[Any]) -> None:
+        with self._lock:
+            self._encoding -= 1
+            self._lock.notify_all()
 
     def cancel(self, id: str) -> None:
         """End a job before the next forward."""
@@ -99,7 +103,8 @@ class Loop:
 
     def forget(self, item: Encoding) -> None:
         """Take an encoding out whose result nobody waits for any more."""
-        item.result.cancel()
+        if not item.result.cancel():  # it is being read: no further than this forward
+            item.failure = ServeError("nobody waits for it any more", 504, "timeout")
         self.scheduler.remove(item)
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
@@ -147,7 +152,7 @@ class Loop:
                 self._tell()
 
     def _is_idle(self) -> bool:
-        return not (self._jobs or self._untold or len(self.scheduler))
+        return not (self._jobs or self._untold or self._encoding)
 
     # --- the thread -----------------------------------------------------------------------------------------------
 
@@ -170,10 +175,10 @@ class Loop:
     def _wait(self) -> bool:
         """Wait until there is something to do; False when it was closed."""
         with self._lock:
-            while not (self._closing or self._changed or self._running):
+            while not (self._closing or self._changed or self._running or self._entrance.reading):
                 waits = len(self.scheduler) > 0
                 due = self._deadlines[0][0] - time.monotonic() if self._deadlines else None
-                limit = min(LOOK, due or LOOK) if waits else due
+                limit = min(LOOK, due or LOOK) if waits else due and min(due, threading.TIMEOUT_MAX)
                 if due is not None and due <= 0:
                     break
                 if not self._lock.wait(limit) and waits:
@@ -275,6 +280,7 @@ class Loop:
             if known:
                 del self._jobs[job.id]
                 self._untold += 1
+                self._counts.tokens_cached += job.cached  # a backend may find more of it after the start
                 self._counts.ended[finish] += 1
             self._changed = True
             self._lock.notify_all()
@@ -291,6 +297,7 @@ class Loop:
             except Exception:
                 logger.exception("request %s could not be ended in order", job.id)
         gone = error or ServeError("the server is going down", status=503, code="draining")
+        self._entrance.stop_reading(gone)
         for item in list(self.scheduler):
             if self.scheduler.remove(item) and isinstance(item, Encoding):
                 self._entrance.give_back(item)

@@ -7,6 +7,7 @@ are those of the model itself, before all of that, as in the OpenAI API.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from .request import Sampling, ServeError, Token
 
+logger = logging.getLogger("molora.serve")
+COLDEST = 1e-6  # a temperature below it is as good as 0, and logits divided by it would overflow
 NUCLEUS = 1024  # so many of the likeliest tokens are sorted first; nearly always they hold the whole nucleus
 
 
@@ -97,7 +100,7 @@ class Sampler:
             Ids (n,) and the sums (n,) float64, not normalised: the last one is the whole.
         """
         asked = self.sampling
-        scores = (self._shaped(logits) if self._reshapes else logits) / asked.temperature
+        scores = (self._shaped(logits) if self._reshapes else logits) / max(asked.temperature, COLDEST)
         ids = None
         if 0 < asked.top_k < scores.shape[-1]:
             least = scores.topk(asked.top_k).values[-1]
@@ -159,6 +162,10 @@ def draw(samplers: Sequence[Sampler], logits: Tensor) -> list[Token | ServeError
             drawn.append(sampler(logits[index]))
         except ServeError as error:
             drawn.append(error)
+        except Exception as error:  # whatever one request asks, the others get their tokens
+            logger.exception("a token could not be drawn")
+            told = f"no token can be drawn for this request ({type(error).__name__}); the log of the server says more"
+            drawn.append(ServeError(told, 500, "engine_error"))
     return drawn
 
 

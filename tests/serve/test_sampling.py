@@ -161,6 +161,19 @@ def test_a_row_that_is_no_number_fails_alone(asked, wrong):
     assert good.id == int(logits[1].argmax())
 
 
+def test_a_row_that_cannot_be_drawn_fails_alone():
+    lost = Sampling(temperature=0.0, stop_token_ids=(-100_000,), min_tokens=2)  # admission refuses such tokens
+    bad, good = draw([Sampler(lost, []), Sampler(Sampling(seed=1), [])], torch.stack([logits_of(10)] * 2))
+    assert isinstance(bad, ServeError) and bad.code == "engine_error"
+    assert isinstance(good, Token)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-320])
+def test_nearly_no_temperature_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([1.0, 5.0, 2.0, 0.0])
+    assert [Sampler(Sampling(temperature=temperature, seed=seed), [])(logits).id for seed in range(5)] == [1] * 5
+
+
 def test_half_precision_is_drawn_in_full():
     logits = logits_of(30).bfloat16()
     token = Sampler(Sampling(logprobs=1, seed=1), [])(logits)

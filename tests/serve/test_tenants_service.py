@@ -13,7 +13,7 @@ from molora.serve.tenants.tenant import Limits, Tenant
 def service(*names):
     """A service with adapters of these names, and nothing behind it: what is asked here needs no model."""
     entries = [SimpleNamespace(name=name, kind="lora", bytes=0) for name in names]
-    store = SimpleNamespace(entries=lambda: entries)
+    store = SimpleNamespace(entries=lambda: entries, kinds=lambda: dict.fromkeys(names, "lora"))
     engine = SimpleNamespace(selectors={"knn": None}, store=store)
     return Service(engine, store, name="gemma", tokenizer=None)
 
