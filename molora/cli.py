@@ -87,6 +87,13 @@ example:
   molora serve --config serve.yaml --tenants tenants.yaml --port 8000
   molora serve --config serve.yaml --check                 start, print what was started, and stop"""
 
+ROUTE = """Pick the adapter by the prompt for another OpenAI-compatible server: vLLM, SGLang, LoRAX, molora serve.
+
+example:
+  molora route --upstream http://127.0.0.1:8000 --selector selector
+  molora route --config route.yaml --tenants tenants.yaml --port 8080
+  molora route --config route.yaml --check                 start, print what was started, and stop"""
+
 PROMPTS = """Choose adapters by the prompt: fit a selector on example prompts, and ask it.
 
 example:
@@ -135,6 +142,7 @@ def build_parser() -> Parser:
         ("prompts", _prompts, PROMPTS),
         ("migrate", _migrate, MIGRATE),
         ("serve", _serve, SERVE),
+        ("route", _route, ROUTE),
         ("tenants", _tenants, TENANTS),
     ):
         command = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)
@@ -259,13 +267,19 @@ def _serve(command: Parser) -> None:
     add_serve(command)
 
 
+def _route(command: Parser) -> None:
+    from molora.serve.proxy_parser import add_route
+
+    add_route(command)
+
+
 def _prompts(command: Parser) -> None:
     from molora.prompts.command import add_prompts
 
     add_prompts(command)
 
 
-LATE = (_hub, _compose, _export, _prompts, _migrate, _serve, _tenants)
+LATE = (_hub, _compose, _export, _prompts, _migrate, _serve, _route, _tenants)
 
 
 def _add_set(command: Parser) -> None:

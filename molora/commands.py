@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     getLogger("bitsandbytes").setLevel(ERROR)
     commands = {"train": train, "eval": evaluate, "inspect": inspect, "recipes": recipes, "doctor": doctor, "hub": hub}
     commands |= {"compose": compose, "export": export, "prompts": prompts, "migrate": migrate, "tenants": tenants}
-    commands |= {"serve": serve}
+    commands |= {"serve": serve, "route": route}
     command = commands[args.command]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -312,3 +312,12 @@ def serve(args: argparse.Namespace) -> int:
     from .serve.command import run as run_server
 
     return run_server(args)
+
+
+def route(args: argparse.Namespace) -> int:
+    """Pick adapters for another server until told to stop."""
+    try:
+        from .serve.proxy_command import run as run_router
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"package '{error.name}' is missing: pip install 'molora[serve]'") from None
+    return run_router(args)

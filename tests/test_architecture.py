@@ -161,7 +161,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         {"errors", "registry", "plan", "files", "fingerprint", "compat", "config", "control", "checkpoint", "from_peft"}
         | {"layers", "tuner", "wrapping", "routing", "experts", "train", "reports", "hub", "prompts"},
         {"torch", "peft", "transformers", "accelerate", "yaml", "sqlalchemy", "fastapi", "starlette", "pydantic"}
-        | {"prometheus_client", "uvicorn"},
+        | {"prometheus_client", "uvicorn", "httpx", "safetensors", "vllm", "ray", "filelock", "anyio"},
         "one model, many tenants: FastAPI for HTTP, SQLAlchemy for who may use what; only the command line imports it",
     ),
     "commands": (

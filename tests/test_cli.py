@@ -31,11 +31,12 @@ FLAGS = {
     "prompts": "--debug",  # its commands: tests/prompts/test_command.py
     "migrate": "--debug",  # its commands: tests/hub/test_migrate_commands.py
     "serve": "--debug",  # its flags: tests/serve/test_options.py
+    "route": "--debug",  # its flags: tests/serve/test_proxy_options.py
     "tenants": "--debug",  # its commands: tests/serve/test_tenants_cli.py
 }
 REQUIRED = {"train": {"recipe", "model", "data"}, "eval": {"adapter", "data"}, "inspect": {"adapter"}, "recipes": set()}
 REQUIRED["doctor"] = {"recipe", "model"}
-REQUIRED |= {name: set() for name in ("hub", "compose", "export", "prompts", "migrate", "serve", "tenants")}
+REQUIRED |= {name: set() for name in ("hub", "compose", "export", "prompts", "migrate", "serve", "route", "tenants")}
 
 
 def parsers():

@@ -41,6 +41,7 @@ class Engine:
         max_waiting: requests that wait at most; beyond it, tenants with less than an even share may add some.
         max_length: tokens of prompt and answer together; None: what the model takes.
         timeout: seconds that a request may take, unless it asks for less.
+        share_prefixes: whether tenants may find each other's prompts in the prefix cache; see `jobs.private`.
         selectors: what `Auto` may ask, by name; the first one is the default.
 
     Attributes:
@@ -60,6 +61,7 @@ class Engine:
         max_waiting: int = 256,
         max_length: int | None = None,
         timeout: float = 300.0,
+        share_prefixes: bool = False,
         selectors: Mapping[str, Any] | None = None,
     ) -> None:
         model.eval()
@@ -75,7 +77,8 @@ class Engine:
         self.vocabulary = int(base.get_input_embeddings().weight.shape[0])
         self._eos = _eos(base, tokenizer)
         self.scheduler: Scheduler[Any] = Scheduler() if scheduler is None else scheduler
-        self._loop = Loop(store, self.scheduler, self._backends.all, Encoder(model, pad_id, max_batch, Composer(model)))
+        encoder = Encoder(model, pad_id, max_batch, Composer(model))
+        self._loop = Loop(store, self.scheduler, self._backends.all, encoder, share_prefixes)
         self._loop.start()
 
     # --- requests -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 from .encode import Encoder, Encoding
 from .fair import Scheduler
-from .jobs import Job, salt_of
+from .jobs import Job, private, salt_of
 from .request import Mixture, ServeError, needs
 from .stats import Counts
 
@@ -28,6 +28,7 @@ class Entrance:
         encoder: runs Encodings.
         counts: of the engine.
         refuse: ends a job that cannot start.
+        share_prefixes: whether requests of different tenants may find each other's prompts in the cache.
 
     Attributes:
         running: jobs that were started, by id.
@@ -41,7 +42,9 @@ class Entrance:
         encoder: Encoder,
         counts: Counts,
         refuse: Callable[[Job, Exception], None],
+        share_prefixes: bool = False,
     ) -> None:
+        self._share_prefixes = share_prefixes
         self.store, self.scheduler, self.encoder, self.counts = store, scheduler, encoder, counts
         self.refuse = refuse
         self.running: dict[str, Job] = {}
@@ -120,6 +123,8 @@ class Entrance:
             if job.lease is not None:
                 check_lent(job)
                 job.salt = salt_of(job.program, job.lease.digests)
+            if not self._share_prefixes:
+                job.salt = private(job.salt, job.request.tenant)
             job.backend.start(job)
         except Exception as error:
             if not isinstance(error, ServeError):

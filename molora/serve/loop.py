@@ -32,9 +32,17 @@ class Loop:
         scheduler: whose turn it is.
         backends: run jobs; each job has one of them.
         encoder: runs Encodings.
+        share_prefixes: see `Engine`.
     """
 
-    def __init__(self, store: Any, scheduler: Scheduler[Any], backends: Sequence[Backend], encoder: Encoder) -> None:
+    def __init__(
+        self,
+        store: Any,
+        scheduler: Scheduler[Any],
+        backends: Sequence[Backend],
+        encoder: Encoder,
+        share_prefixes: bool = False,
+    ) -> None:
         self.store, self.scheduler, self.backends = store, scheduler, list(backends)
         self._lock = threading.Condition()
         # under the lock:
@@ -48,7 +56,7 @@ class Loop:
         self._dead: BaseException | None = None
         # of the thread alone:
         self._counts = Counts()
-        self._entrance = Entrance(store, scheduler, encoder, self._counts, self._refuse)
+        self._entrance = Entrance(store, scheduler, encoder, self._counts, self._refuse, share_prefixes)
         self._running = self._entrance.running
         self._thread = threading.Thread(target=self._run, name="molora-engine", daemon=True)
 

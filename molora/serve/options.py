@@ -68,6 +68,8 @@ class ServeOptions:
         max_waiting: requests that wait at most; more are answered 429.
         max_length: tokens of prompt and answer together; None: what the model takes.
         timeout: of a request, unless it asks for less.
+        share_prefixes: whether tenants may find each other's prompts in the prefix cache, as answers' usage and time
+            then tell; for tenants who trust each other and have a long prompt in common.
         host, port: to listen on; port 0 takes a free one.
         drain: seconds that running answers get when the server is told to stop.
         max_body: of a request.
@@ -101,6 +103,7 @@ class ServeOptions:
     max_waiting: int = 256
     max_length: int | None = None
     timeout: float = 300.0
+    share_prefixes: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     drain: float = 30.0

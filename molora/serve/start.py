@@ -61,6 +61,7 @@ def start(options: ServeOptions) -> tuple[Service, list[str]]:
             max_waiting=options.max_waiting,
             max_length=options.max_length,
             timeout=options.timeout,
+            share_prefixes=options.share_prefixes,
         )
     except BaseException:
         store.close()

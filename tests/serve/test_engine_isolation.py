@@ -215,3 +215,20 @@ def test_tokens_from_the_cache_are_counted_as_their_requests_tell(make):  # noqa
     told = sum(stream.result()[1].usage.cached for stream in streams)
     assert engine.stats().tokens_cached == told
     assert told > 0 or engine.stats().backends == ("hf-simple",)
+
+
+def test_tenants_do_not_find_each_others_prompts_in_the_cache(make):  # noqa: F811
+    engine = make()
+    if engine.stats().backends == ("hf-simple",):
+        return  # it has no prefix cache
+    ids = list(range(4, 60))
+
+    def cached(tenant):
+        return engine.submit(Request(ids, Base(), GREEDY, tenant=tenant)).result()[1].usage.cached
+
+    assert cached("a") == 0
+    assert cached("b") == 0  # what a has asked is neither told nor felt
+    assert cached("a") > 0 and cached("b") > 0
+    trusting = make(share_prefixes=True)
+    streams = [trusting.submit(Request(ids, Base(), GREEDY, tenant=tenant)) for tenant in "ab"]
+    assert sum(stream.result()[1].usage.cached for stream in streams) > 0
