@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerFast
 import molora
 from molora.files import CONFIG, WEIGHTS
 from molora.hub.card import AdapterCard, hash_files
-from molora.serve.engine import Engine
+from molora.serve.engine.engine import Engine
 from molora.serve.request import Mixture, Program, Weighted
-from molora.serve.store import AdapterStore
+from molora.serve.store.store import AdapterStore
 
 from .models import LINEARS, Shape, base_model, twin
 

@@ -268,7 +268,7 @@ def _serve(command: Parser) -> None:
 
 
 def _route(command: Parser) -> None:
-    from molora.serve.proxy_parser import add_route
+    from molora.serve.proxy.parser import add_route
 
     add_route(command)
 

@@ -317,7 +317,7 @@ def serve(args: argparse.Namespace) -> int:
 def route(args: argparse.Namespace) -> int:
     """Pick adapters for another server until told to stop."""
     try:
-        from .serve.proxy_command import run as run_router
+        from .serve.proxy.command import run as run_router
     except ModuleNotFoundError as error:
         raise ConfigError(f"package '{error.name}' is missing: pip install 'molora[serve]'") from None
     return run_router(args)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..prompts.choice import Choice
-from .admission import settle
+from .engine.admission import settle
 from .request import Auto, Base, Mixture, Program, ServeError, Weighted
 from .tenants.tenant import Tenant, not_found, resolve
 

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .engine.stats import named
 from .request import Program, Usage
-from .stats import named
 
 MOST = 2000  # programs of a tenant that are counted by name
 RECENT = 1000  # prompts that the drift is measured on

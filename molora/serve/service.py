@@ -18,9 +18,9 @@ from torch import Tensor
 from ..errors import ConfigError, LoadError
 from .accounts import Accounts
 from .choosing import choose, program_of
+from .engine.programs import Decision
 from .feedback import Feedback
 from .ledger import Ledger
-from .programs import Decision
 from .request import Auto, Chunk, Program, Request, Sampling, ServeError, Stream, Usage, needs
 from .tenants.tenant import EVERYBODY, MAX_SHOWN, Tenant, not_found, resolve
 

@@ -18,11 +18,11 @@ from ..prompts.examples import of_hub
 from ..prompts.saving import load_selector, wants_model
 from ..prompts.selector import PromptSelector
 from ..train.models import as_dtype, load_config, load_tokenizer, load_with
-from .engine import Engine
+from .engine.engine import Engine
 from .feedback import make_feedback
 from .options import ServeOptions
 from .service import Service
-from .store import AdapterStore
+from .store.store import AdapterStore
 from .tenants.file import apply, read_tenants
 from .tenants.store import Tenants
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from molora.serve.loading import Header, Loaded
+from molora.serve.store.loading import Header, Loaded
 from tests import tiny
 
 WAIT = 20.0  # seconds that a test waits for another thread at most

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 from peft import get_peft_model_state_dict
 
-from molora.serve.continuous import Continuous
-from molora.serve.engine import Engine
-from molora.serve.loading import HeldSource
+from molora.serve.backends.continuous import Continuous
+from molora.serve.engine.engine import Engine
 from molora.serve.request import Mixture, Weighted
+from molora.serve.store.loading import HeldSource
 from tests import tiny
 from tests.serve.kinds import GREEDY
 from tests.serve.loras import generated

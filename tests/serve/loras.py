@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model_state_dict
 
 import molora
-from molora.serve.store import AdapterStore
+from molora.serve.store.store import AdapterStore
 from tests import tiny
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]

@@ -11,9 +11,9 @@ import uvicorn
 from molora.prompts.embed import build_embedder
 from molora.prompts.saving import save_selector
 from molora.prompts.selector import PromptSelector
-from molora.serve.proxy_app import create_route_app
-from molora.serve.proxy_command import start_route
-from molora.serve.proxy_options import RouteOptions
+from molora.serve.proxy.app import create_route_app
+from molora.serve.proxy.command import start_route
+from molora.serve.proxy.options import RouteOptions
 from tests.serve.served import ENVIRONMENT, WAIT, WORDS, until
 
 ODD = "w10 w11 w12 w13 w14"  # unlike every example

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from molora.prompts.choice import Choice
-from molora.serve.engine import Engine
+from molora.serve.engine.engine import Engine
 from molora.serve.http.app import create_app
 from molora.serve.service import Service
 from molora.serve.tenants.store import Tenants

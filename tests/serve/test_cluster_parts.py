@@ -15,10 +15,10 @@ from molora.serve.cluster.fleet import together
 from molora.serve.cluster.options import ClusterOptions
 from molora.serve.cluster.scaling import EXPECTED, QUEUED, QueuedTokens, Work
 from molora.serve.cluster.sharing import Sharing
-from molora.serve.fair import Scheduler
+from molora.serve.engine.fair import Scheduler
 from molora.serve.options import ServeOptions
 from molora.serve.request import Auto, Base, Mixture, ServeError, Weighted
-from molora.serve.resident import Residence
+from molora.serve.store.resident import Residence
 
 # --- options ----------------------------------------------------------------------------------------------------------
 

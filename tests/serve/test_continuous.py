@@ -10,10 +10,10 @@ import torch
 
 import molora
 from molora.errors import ConfigError
-from molora.serve.continuous import Continuous
-from molora.serve.jobs import Job, salt_of
+from molora.serve.backends.continuous import Continuous
+from molora.serve.engine.jobs import Job, salt_of
+from molora.serve.engine.sampling import Sampler
 from molora.serve.request import Base, Mixture, Request, Sampling, ServeError, Weighted
-from molora.serve.sampling import Sampler
 from tests import tiny
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -11,8 +11,8 @@ import torch
 import transformers as tf
 
 from molora.errors import ConfigError
-from molora.serve import attention, packed, paged
-from molora.serve.continuous import Continuous
+from molora.serve.backends import attention, packed, paged
+from molora.serve.backends.continuous import Continuous
 from molora.serve.request import Base
 from tests import tiny
 from tests.serve.test_continuous import generated, job, prompt, run
@@ -71,7 +71,7 @@ CALLED = {
 
 @needs_paging
 def test_transformers_has_what_is_taken_from_it():
-    assert paged.missing() is None, "transformers has changed: look at molora/serve/paged.py, and at its upper bound"
+    assert paged.missing() is None, "transformers has changed: look at molora/serve/backends/paged.py, and at its upper bound"
     found = {name: list(inspect.signature(paged._taken(name)).parameters) for name in CALLED}
     assert found == CALLED
     assert set(paged.PRIVATE) - CALLED.keys() == {"cache:PagedAttentionCache"}

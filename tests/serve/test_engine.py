@@ -9,7 +9,7 @@ import torch
 
 import molora
 from molora.errors import ConfigError
-from molora.serve.engine import Engine
+from molora.serve.engine.engine import Engine
 from molora.serve.request import Auto, Base, Mixture, Request, Sampling, ServeError, Weighted
 from tests import tiny
 from tests.serve.kinds import GREEDY, answers

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model_state_dict
 
 from molora.errors import ConfigError
-from molora.serve.engine import Engine
+from molora.serve.engine.engine import Engine
 from molora.serve.request import Base, Mixture, Request, Sampling, ServeError, Weighted
 from tests import tiny
 from tests.serve.kinds import GREEDY

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from molora.serve import loop as loop_module
-from molora.serve.engine import Engine
+from molora.serve.engine import loop as loop_module
+from molora.serve.engine.engine import Engine
 from molora.serve.request import Base, Mixture, Request, Sampling, ServeError, Weighted
 from molora.serve.tenants.tenant import not_found
 from tests import tiny

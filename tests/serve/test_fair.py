@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora.errors import ConfigError
-from molora.serve.fair import W_IN, W_OUT, Scheduler
+from molora.serve.engine.fair import W_IN, W_OUT, Scheduler
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from molora.serve.request import Base, Mixture, Request, ServeError, Weighted
-from molora.serve.store import AdapterStore
+from molora.serve.store.store import AdapterStore
 from tests import tiny
 from tests.serve.adapters import Fake, peft_lora
 from tests.serve.faults import WAIT, Field, Reader, after_steps, blocked, check, consistent, make_engine, one

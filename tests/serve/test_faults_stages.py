@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from molora.serve import loop as loop_module
+from molora.serve.engine import loop as loop_module
 from molora.serve.request import Base, Mixture, Request, ServeError, Weighted
-from molora.serve.store import AdapterStore
+from molora.serve.store.store import AdapterStore
 from tests import tiny
 from tests.serve.adapters import Fake
 from tests.serve.faults import WAIT, Field, Reader, after_steps, blocked, check, consistent, make_engine, one

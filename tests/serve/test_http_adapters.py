@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from molora.serve.http import create_app
 from molora.serve.http.metrics import MOST
-from molora.serve.loading import HeldSource
 from molora.serve.request import Request, Sampling, Weighted
+from molora.serve.store.loading import HeldSource
 from tests.serve.adapters import Fake, held
 from tests.serve.served import bearer, options_of, started, text_of, until, with_tenants
 

@@ -11,8 +11,8 @@ from molora.files import WEIGHTS
 from molora.routing.rows import Rows
 from molora.routing.trace import Pass
 from molora.routing.types import Context
-from molora.serve.mixtures import misplaced, needs_whole_prompt, try_out, why_not_served
 from molora.serve.request import ServeError
+from molora.serve.store.mixtures import misplaced, needs_whole_prompt, try_out, why_not_served
 from tests import tiny
 from tests.serve.adapters import peft_logits, peft_lora
 from tests.serve.test_store import fetch, make, state  # noqa: F401  (a fixture)

@@ -8,8 +8,8 @@ import yaml
 
 from molora import cli
 from molora.errors import ConfigError
-from molora.serve.proxy_command import read_route_options, start_route
-from molora.serve.proxy_options import RouteOptions
+from molora.serve.proxy.command import read_route_options, start_route
+from molora.serve.proxy.options import RouteOptions
 from tests.serve.routed import SECRET, make_selector
 
 URL = "http://127.0.0.1:8000"
@@ -105,7 +105,7 @@ def test_check_starts_and_stops(tmp_path, capsys):
 
 
 def test_a_selector_that_reads_a_model_is_refused(tmp_path, monkeypatch):
-    from molora.serve import proxy_command
+    from molora.serve.proxy import command as proxy_command
 
     monkeypatch.setattr(proxy_command, "wants_model", lambda folder: True)
     with pytest.raises(ConfigError, match="--embedder sentence"):

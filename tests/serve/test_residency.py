@@ -5,10 +5,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from molora.serve.filling import next_place, next_read
 from molora.serve.request import ServeError
-from molora.serve.residency import Residency
-from molora.serve.resident import Resident
+from molora.serve.store.filling import next_place, next_read
+from molora.serve.store.residency import Residency
+from molora.serve.store.resident import Resident
 from tests.serve.adapters import Nothing
 
 NAMES = [f"a{number}" for number in range(5)]

@@ -14,8 +14,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from molora.serve.engine.sampling import NUCLEUS, Sampler, draw
 from molora.serve.request import Sampling, ServeError, Token
-from molora.serve.sampling import NUCLEUS, Sampler, draw
 
 PROMPT = [3, 5, 5, 7]
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from molora.serve.detokenise import BROKEN, Detokeniser
+from molora.serve.engine.detokenise import BROKEN, Detokeniser
 from tests import tiny
 
 TEXTS = [

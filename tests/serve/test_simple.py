@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from molora.serve.engine import Engine
+from molora.serve.engine.engine import Engine
 from molora.serve.request import Base, Mixture, Request, Sampling, Weighted
 from tests import tiny
 from tests.serve.kinds import GREEDY, MODELS, answers

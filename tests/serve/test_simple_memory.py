@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers as tf
 
-from molora.serve.decoding import Decoder
-from molora.serve.engine import Engine
+from molora.serve.backends.decoding import Decoder
+from molora.serve.backends.simple import Simple
+from molora.serve.engine.engine import Engine
 from molora.serve.request import Base, Request, ServeError, Weighted
-from molora.serve.simple import Simple
 from tests import tiny
 from tests.serve.kinds import GREEDY, MODELS, answers
 from tests.serve.loras import generated, make_loras, make_store, prompts_of

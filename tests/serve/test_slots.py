@@ -12,7 +12,7 @@ from molora.errors import ConfigError
 from molora.files import WEIGHTS, look
 from molora.from_peft import Lora, read_lora
 from molora.routing.rows import Rows
-from molora.serve.slots import LARGEST, Place, Slots, rank_of, too_large
+from molora.serve.store.slots import LARGEST, Place, Slots, rank_of, too_large
 from tests import tiny
 from tests.serve.adapters import ALL, peft_logits, peft_lora
 

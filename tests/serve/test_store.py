@@ -15,10 +15,10 @@ from molora.files import CONFIG, WEIGHTS
 from molora.hub.manifest import Manifest
 from molora.hub.store import Hub
 from molora.routing.rows import Rows
-from molora.serve.jobs import salt_of
-from molora.serve.loading import HeldSource
+from molora.serve.engine.jobs import salt_of
 from molora.serve.request import Base, Mixture, ServeError, Weighted
-from molora.serve.store import AdapterStore
+from molora.serve.store.loading import HeldSource
+from molora.serve.store.store import AdapterStore
 from tests import tiny
 from tests.serve.adapters import ALL, WAIT, Fake, Told, held, peft_logits, peft_lora
 

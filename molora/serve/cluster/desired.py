@@ -19,7 +19,7 @@ from ...hub.manifest import Manifest
 from ...hub.store import Hub
 from ...hub.targets import Wanted
 from ..request import ServeError
-from ..resident import Residence
+from ..store.resident import Residence
 from ..tenants.tenant import not_found
 from .fleet import Fleet
 from .remote import called

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..fair import Share
-from ..resident import Residence
-from ..stats import Stats
+from ..engine.fair import Share
+from ..engine.stats import Stats
+from ..store.resident import Residence
 
 logger = logging.getLogger("molora.serve")
 STATES = ("ready", "loading", "queued", "warm", "disk", "errored")  # of one adapter on several replicas: the first

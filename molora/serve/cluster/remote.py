@@ -15,11 +15,11 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from ..encode import Encoded
-from ..fair import Share
-from ..programs import Decision
+from ..engine.encode import Encoded
+from ..engine.fair import Share
+from ..engine.programs import Decision
+from ..engine.stats import Stats
 from ..request import Base, Chunk, Program, Request, Sampling, ServeError, Stream, Usage
-from ..stats import Stats
 from .affinity import set_of
 from .fleet import Fleet
 

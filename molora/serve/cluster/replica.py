@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, MoloraError
-from ..catalogue import Change
-from ..encode import Encoded
+from ..engine.encode import Encoded
+from ..engine.programs import Decision
 from ..options import ServeOptions
-from ..programs import Decision
 from ..request import Program, Request, ServeError
 from ..start import start
+from ..store.catalogue import Change
 from .options import ClusterOptions
 from .scaling import QUEUED, Work
 from .sharing import Sharing

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, HTTPException, Query, Response
 from fastapi.responses import FileResponse
 
-from ..fair import W_IN, W_OUT, Share
+from ..engine.fair import W_IN, W_OUT, Share
 from ..service import Service
 from ..tenants.tenant import Tenant
 from .caller import Key, Served

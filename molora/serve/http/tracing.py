@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..programs import Decision
+from ..engine.programs import Decision
 from ..request import Token
 
 MOST = 3  # experts of a token

@@ -1,0 +1,1 @@
+"""Backends: what turns running jobs into tokens, one forward at a time."""

@@ -1,0 +1,1 @@
+"""`molora route`: an OpenAI proxy that chooses the adapter and asks another server."""

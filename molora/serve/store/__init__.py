@@ -1,0 +1,1 @@
+"""The adapter store: from disk over memory into the slots of a served model."""
