@@ -71,7 +71,7 @@ CALLED = {
 
 @needs_paging
 def test_transformers_has_what_is_taken_from_it():
-    assert paged.missing() is None, "transformers has changed: look at molora/serve/backends/paged.py, and at its upper bound"
+    assert paged.missing() is None, "transformers has changed: look at backends/paged.py, and at its upper bound"
     found = {name: list(inspect.signature(paged._taken(name)).parameters) for name in CALLED}
     assert found == CALLED
     assert set(paged.PRIVATE) - CALLED.keys() == {"cache:PagedAttentionCache"}
