@@ -33,7 +33,7 @@ import torch
 from . import report, serve_http, serve_peers, serve_report
 from . import serve_sections as sections
 from .budget import Budget, Part
-from .serve_field import FULL, QUICK, Field, Sizes, quiet
+from .serve_field import FULL, LARGE, QUICK, Field, Sizes, quiet
 
 
 def plan(vllm: Path | None = None) -> dict[str, Part]:
@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="sections to run, by the beginnings of their names, separated by commas")
     parser.add_argument("--minutes", type=float, default=10.0, help="about how long to measure (default 10)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to show that it works")
+    parser.add_argument("--large", action="store_true", help="a model of 245 M parameters; for --only server")
     parser.add_argument("--vllm", type=Path, metavar="VENV", help="an environment with vLLM, to run beside the others")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serve", help="for the results")
     options = parser.parse_args(arguments)
@@ -69,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     def save(run: dict[str, Any]) -> None:
         serve_report.write({**run, "quick": options.quick}, options.out)
 
-    done = measure(QUICK if options.quick else FULL, chosen, 0.0 if options.quick else options.minutes, save)
+    sizes = QUICK if options.quick else LARGE if options.large else FULL
+    done = measure(sizes, chosen, 0.0 if options.quick else options.minutes, save)
     print(f"wrote serve.json, serve.md and serve.png to {options.out}")
     missed = [goal["goal"] for goal in done["goals"] if goal["met"] is False and not options.quick]
     for text in missed:

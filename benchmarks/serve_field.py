@@ -69,6 +69,8 @@ class Sizes:
 
 
 FULL = Sizes(Shape(576, 1536, 9, 3, 12, 4096), 64, 1000, 4, 64, 16, 32, 48, 20.0, 1 << 28, 3)
+# about as large as Gemma 3 270M, without its vocabulary; for what does not depend on the model, beside it
+LARGE = Sizes(Shape(1024, 2816, 16, 4, 16, 32_000), 16, 16, 1, 16, 16, 32, 16, 20.0, 1 << 28, 1)
 QUICK = Sizes(Shape(32, 48, 4, 2, 2, 128), 8, 24, 2, 8, 4, 8, 16, 1.0, 1 << 22, 1)
 
 
