@@ -26,6 +26,7 @@ from .files import CARD, finish, mention_molora
 from .paths import recipes_dir
 from .plan import profile_problems
 from .registry import Spec, split_spec
+from .routing import parts  # noqa: F401  (registers every part)
 from .routing.branches import KEYS as BRANCH_KEYS
 from .routing.branches import check_branches
 from .routing.features import features, listed

@@ -22,6 +22,7 @@ from ..config import MoloraConfig, read_recipe, recipe_names
 from ..control import tuner_of
 from ..errors import ConfigError, LoadError, did_you_mean, raise_all
 from ..from_peft import Lora, Pair, mix, read_lora
+from ..posthoc import parts  # noqa: F401  (registers every router made after training)
 from ..posthoc.registry import posthoc_routers
 from ..registry import split_spec
 from ..undo import undone_on_error

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..registry import Spec, split_spec
+from ..routing import parts  # noqa: F401  (registers every scorer)
 from ..routing.router import Router
 from ..routing.scorers import scorers
 

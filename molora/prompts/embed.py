@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..registry import Spec, split_spec
+from . import encoders  # noqa: F401  (registers its embedders)
 from .embedder import Embedder
 from .registry import embedders
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, raise_all
 from ..registry import Spec, split_spec
+from . import contrastive  # noqa: F401  (registers itself)
 from .choice import Choice, Judged, explain
 from .embedder import Embedder, as_embedder
 from .guard import Guard
