@@ -18,6 +18,8 @@ from typing import Any
 from ..errors import ConfigError
 from .options import ServeOptions
 
+BACKLOG = 2048  # connections that wait to be accepted
+
 
 def run(args: argparse.Namespace) -> int:
     """Run `molora serve`; returns the exit code."""
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         docs=options.docs,
         open_metrics=options.open_metrics,
     )
+    listener.listen(BACKLOG)  # from here on clients wait, and are not refused, until the application answers
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port}", file=sys.stderr, flush=True)
@@ -96,7 +99,7 @@ def _slot(text: str) -> tuple[int, int]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, before anything is loaded."""
+    """Return a socket of an address that nobody else has; it takes connections once `listen()` was called on it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

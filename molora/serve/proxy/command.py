@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...prompts.saving import load_selector, wants_model
-from ..command import listen
+from ..command import BACKLOG, listen
 from ..feedback import make_feedback
 from .options import RouteOptions
 
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         docs=options.docs,
         open_metrics=options.open_metrics,
     )
+    listener.listen(BACKLOG)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"routing on http://{shown}:{port}", file=sys.stderr, flush=True)
