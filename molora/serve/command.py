@@ -24,7 +24,7 @@ BACKLOG = 2048  # connections that wait to be accepted
 def run(args: argparse.Namespace) -> int:
     """Run `molora serve`; returns the exit code."""
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401  (told now, not after the model is loaded)
 
         from .http import create_app
         from .start import start
@@ -51,15 +51,35 @@ def run(args: argparse.Namespace) -> int:
         docs=options.docs,
         open_metrics=options.open_metrics,
     )
+    try:
+        run_app(app, listener, "serving", drain=options.drain, log_level=options.log_level)
+    finally:
+        service.close(0.0)  # does nothing when the application has ended in order
+    print("the server has ended", file=sys.stderr)
+    return 0
+
+
+def run_app(app: Any, listener: socket.socket, doing: str, *, drain: float, log_level: str) -> None:
+    """Say where an application answers, and run it until SIGINT or SIGTERM.
+
+    Args:
+        app: the ASGI application.
+        listener: of `listen`.
+        doing: the word for what it does there.
+        drain: seconds that running answers get.
+        log_level: of uvicorn.
+    """
+    import uvicorn
+
     listener.listen(BACKLOG)  # from here on clients wait, and are not refused, until the application answers
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving on http://{shown}:{port}", file=sys.stderr, flush=True)
+    print(f"{doing} on http://{shown}:{port}", file=sys.stderr, flush=True)
     config = uvicorn.Config(
         app,
-        log_level=options.log_level,
-        access_log=options.log_level == "debug",
-        timeout_graceful_shutdown=max(1, round(options.drain)),
+        log_level=log_level,
+        access_log=log_level == "debug",
+        timeout_graceful_shutdown=max(1, round(drain)),
         server_header=False,
     )
     # uvicorn sends itself the signal again that ended it; this process has answered it by then
@@ -69,9 +89,6 @@ def run(args: argparse.Namespace) -> int:
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-        service.close(0.0)  # does nothing when the application has ended in order
-    print("the server has ended", file=sys.stderr)
-    return 0
 
 
 def _noted(number: int, frame: Any) -> None:

@@ -120,8 +120,7 @@ class ServeOptions:
         for name in SIZES:
             value = getattr(self, name)
             try:
-                is_count = isinstance(value, str) and value.isdigit()  # bytes, as a flag gives them
-                setattr(self, name, int(value) if is_count else convert_file_size_to_int(value))
+                setattr(self, name, as_bytes(value))
             except (ValueError, TypeError):
                 problems.append(f"{name} must be bytes or a size such as 2GiB, got {value!r}")
         for name in SIZES:
@@ -210,6 +209,13 @@ class ServeOptions:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as in a YAML."""
         return dataclasses.asdict(self)
+
+
+def as_bytes(size: int | str) -> int:
+    """Return a size in bytes, given as a number, its digits (as a flag gives them), or a text such as `2GiB`."""
+    if isinstance(size, str) and size.isdigit():
+        return int(size)
+    return convert_file_size_to_int(size)
 
 
 def _file(path: Path) -> dict[str, Any]:

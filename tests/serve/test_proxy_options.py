@@ -110,3 +110,8 @@ def test_a_selector_that_reads_a_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(proxy_command, "wants_model", lambda folder: True)
     with pytest.raises(ConfigError, match="--embedder sentence"):
         start_route(RouteOptions(URL, selector=str(tmp_path)), {})
+
+
+def test_sizes_are_read_as_the_server_reads_them():
+    told = {"upstream": "http://127.0.0.1:1", "max_body": "2097152"}  # bytes, as a flag gives them
+    assert RouteOptions(**told).max_body == 2 << 20 == RouteOptions(**told | {"max_body": "2MiB"}).max_body

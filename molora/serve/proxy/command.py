@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...prompts.saving import load_selector, wants_model
-from ..command import BACKLOG, listen
+from ..command import listen, run_app
 from ..feedback import make_feedback
 from .options import RouteOptions
 
@@ -21,7 +21,7 @@ from .options import RouteOptions
 def run(args: argparse.Namespace) -> int:
     """Run `molora route`; returns the exit code."""
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401  (told now, before anything is read)
 
         from .app import create_route_app
     except ImportError as error:
@@ -43,18 +43,7 @@ def run(args: argparse.Namespace) -> int:
         docs=options.docs,
         open_metrics=options.open_metrics,
     )
-    listener.listen(BACKLOG)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"routing on http://{shown}:{port}", file=sys.stderr, flush=True)
-    config = uvicorn.Config(
-        app,
-        log_level=options.log_level,
-        access_log=options.log_level == "debug",
-        timeout_graceful_shutdown=max(1, round(options.drain)),
-        server_header=False,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    run_app(app, listener, "routing", drain=options.drain, log_level=options.log_level)
     return 0
 
 

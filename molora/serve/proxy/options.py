@@ -19,9 +19,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
-from accelerate.utils import convert_file_size_to_int
 
 from ...errors import ConfigError, did_you_mean, raise_all
+from ..options import as_bytes
 
 KEY_VARIABLE = "MOLORA_UPSTREAM_KEY"
 ADAPTER, TENANT = "{adapter}", "{tenant}"
@@ -89,7 +89,7 @@ class RouteOptions:
         for name in _SIZES:
             value = getattr(self, name)
             try:
-                setattr(self, name, convert_file_size_to_int(value))
+                setattr(self, name, as_bytes(value))
             except (ValueError, TypeError):
                 problems.append(f"{name} must be bytes or a size such as 2MiB, got {value!r}")
         for name, least in (("answer_tokens", 1), ("retries", 0), ("connections", 1), ("port", 0)):
