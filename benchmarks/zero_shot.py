@@ -45,7 +45,7 @@ from .zero_shot_field import Field, Sizes
 from .zero_shot_routers import IN_DISTRIBUTION_ONLY, ROUTERS, Around
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot"
-QUICK = Sizes(rows=8, texts=4, gate_steps=2, router_steps=2, examples=4, budget=3, batch=4, together=1)
+QUICK = Sizes(rows=8, texts=4, router_steps=2, examples=4, budget=3, batch=4, together=1)
 
 
 def load_field(hub: Hub, sizes: Sizes, only: Sequence[str] | None = None) -> Field:

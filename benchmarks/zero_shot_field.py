@@ -7,22 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pointing
 import torch
 from library_tasks import Row, Task
 from pointing import Batch, Pointer
 from torch import Tensor
-
-from molora.posthoc import train_gates
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much of everything; see `benchmarks/zero_shot.py` for the options that change it."""
 
-    rows: int = 40  # held-out rows per task
+    rows: int = 60  # held-out rows per task
     texts: int = 32  # per adapter, for the routers that read texts
-    gate_steps: int = 12  # of PHATGOOSE
     router_steps: int = 12  # of every router that is trained
     examples: int = 16  # labelled rows for those that see some of what is asked
     budget: int = 20  # evaluations of LoraHub's search
@@ -39,7 +35,6 @@ class Field:
         tasks: all of them, by name.
         folders: of the adapters, by name.
         sizes: how much of everything.
-        gates: of adapters, trained once for all mixtures.
         quality: (N, E) the probability of the right answer, of each adapter on the texts of all tasks.
         owners: the task of each of these N texts.
         mixture: folder of the shipped mixture, if any.
@@ -50,7 +45,6 @@ class Field:
     folders: Mapping[str, Path]
     sizes: Sizes
     mixture: Path | None = None
-    gates: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     quality: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     owners: list[str] = field(default_factory=list)
 
@@ -71,15 +65,3 @@ class Field:
         """Return a few labelled training rows: of one task, or as many over several."""
         each = max(2, self.sizes.examples // len(asked))
         return self.pointer.batches([row for name in asked for row in self.tasks[name].train[:each]])
-
-
-def gates_of(data: Field, names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Return PHATGOOSE's gates of these adapters, each trained once, alone, on its own task."""
-    for name in names:
-        if name not in data.gates:
-            rows = data.tasks[name].train
-            feed = data.pointer.endless(rows, min(data.sizes.batch, len(rows)), 3)
-            some = [next(feed) for _ in range(data.sizes.gate_steps)]
-            options = {"steps": data.sizes.gate_steps, "loss": pointing.loss}
-            data.gates[name] = train_gates(pointing.base_model(), data.folders[name], some, **options)
-    return {name: data.gates[name] for name in names}

@@ -18,17 +18,16 @@ from peft import ArrowConfig, XLoraConfig, create_arrow_model, get_peft_model
 from peft.tuners.lora import LoraLayer
 from pointing import Batch
 from torch import Tensor, nn
-from train_library import ROUTER
 
 import molora
 from molora.posthoc import describing, prompted, route
 from molora.posthoc.glider import Describer
 from molora.posthoc.roma import Roma
 
-from .zero_shot_field import Field, gates_of
+from .zero_shot_field import Field
 
+TOP_2 = {"scorer": "linear", "selector": {"name": "top_k", "k": 2, "normalise": "sum1"}, "granularity": "prompt"}
 Around = Callable[[Batch], AbstractContextManager[Any]] | None
-
 
 Made = tuple[nn.Module, Around]
 Maker = Callable[[Field, list[str], list[str]], Made]  # (field, adapters, tasks that are asked)
@@ -60,14 +59,15 @@ def mol_moe(data: Field, names: list[str], asked: list[str]) -> Made:
 
 
 def phatgoose(data: Field, names: list[str], asked: list[str]) -> Made:
-    """Gates trained per adapter, top 2."""
-    return mix(data, names, {"name": "phatgoose", "gates": gates_of(data, names)}), None
+    """The gates that the library holds beside each adapter, top 2."""
+    return mix(data, names, {"name": "phatgoose", "gates": {name: data.folders[name] for name in names}}), None
 
 
 def glider(data: Field, names: list[str], asked: list[str]) -> Made:
     """The same gates, and the cosine of each text with the adapters' descriptions (gamma 3; no writer)."""
+    gates = {name: data.folders[name] for name in names}
     said = {name: data.tasks[name].said for name in names}
-    model = mix(data, names, {"name": "glider", "gates": gates_of(data, names), "descriptions": said})
+    model = mix(data, names, {"name": "glider", "gates": gates, "descriptions": said})
     describer = Describer(model, data.pointer.vectors)
     return model, lambda batch: describing(model, batch.texts, describer)
 
@@ -118,9 +118,9 @@ def _fit(model: nn.Module, data: Field, names: list[str]) -> None:
 
 
 def prompt_level(data: Field, names: list[str], asked: list[str]) -> Made:
-    """The router of the shipped mixture, trained here on the tasks of these adapters: top 2 per text and layer."""
+    """A plain linear router, trained on the tasks of these adapters: top 2 per text and layer."""
     torch.manual_seed(0)
-    model = mix(data, names, ROUTER)
+    model = mix(data, names, TOP_2)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("molora_router" in name)
     _fit(model, data, names)
@@ -217,7 +217,7 @@ def peft_xlora(data: Field, names: list[str], asked: list[str]) -> Made:
 
 
 def shipped(data: Field, names: list[str], asked: list[str]) -> Made:
-    """The mixture of the library as it is."""
+    """The mixture of the library as it is: that of `phatgoose`, saved and loaded."""
     if data.mixture is None:
         raise ValueError("the library holds no mixture of these adapters")
     return molora.load(pointing.base_model(), data.mixture).eval(), None
@@ -226,7 +226,7 @@ def shipped(data: Field, names: list[str], asked: list[str]) -> Made:
 # name -> (what it needs, how it is made), the quick ones first
 ROUTERS: dict[str, tuple[str, Maker]] = {
     "uniform average": ("nothing", uniform),
-    "shipped mixture": ("training", shipped),
+    "shipped mixture": ("texts", shipped),
     "arrow": ("nothing", arrow),
     "PEFT Arrow": ("nothing", peft_arrow),
     "retrieval": ("texts", retrieval),

@@ -7,8 +7,8 @@ Each adapter is a plain LoRA, trained by PEFT alone on a frozen MiniLM (see libr
 for how they are answered). It is rounded to float16 first and measured then, from the files that are shipped, on rows
 that took no part in training. Seeds are fixed; on another machine the last digits may differ.
 
-The mixture holds the same LoRAs, frozen, and routers that were trained on rows of all tasks without being told which
-task a row belongs to.
+Beside each LoRA lie its gates, one vector per layer, which were trained on the same rows after it (PHATGOOSE, arXiv
+2402.05859). The mixture holds the same LoRAs and lets their gates compete; nothing in it was trained jointly.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ from molora.files import CONFIG, WEIGHTS
 from molora.hub.card import Embedding
 from molora.hub.entry import Entry
 from molora.hub.store import Hub
+from molora.posthoc.gates import save_gates
+from molora.posthoc.phatgoose import train_gates
 
 SHIPPED = Path(__file__).resolve().parent.parent / "adapters_hub"
-STEPS, BATCH, LEARNING_RATE = 30, 20, 2e-3  # of each adapter
+STEPS, BATCH, LEARNING_RATE = 90, 20, 2e-3  # of each adapter
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value", "intermediate.dense"]}
-MIXTURE, MIXTURE_STEPS, MIXTURE_LEARNING_RATE = "everyday", 180, 1e-2
-ROUTER = {"scorer": "linear", "selector": {"name": "top_k", "k": 2, "normalise": "sum1"}, "granularity": "prompt"}
+GATE_STEPS = 30  # of each adapter's gates
+MIXTURE, ACTIVE = "everyday", 2  # experts that act on a token
 AUTHORS = ("the authors of molora",)
 EMBEDDER = "all-MiniLM-L6-v2, mean of states"
 
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps on a few rows")
     parser.add_argument("--only", help="train only these tasks, separated by commas")
     parser.add_argument(
-        "--keep", action="store_true", help="train only what the library does not have, and the mixture"
+        "--keep", action="store_true", help="train only what the library does not have; the mixture is made anew"
     )
     parser.add_argument("--out", type=Path, default=SHIPPED, help="the library (default: the shipped one)")
     options = parser.parse_args(argv)
@@ -89,12 +91,13 @@ def make_library(hub: Hub, names: Sequence[str], kept: Sequence[str] = (), quick
             if task.name in kept:
                 continue
             started = time.perf_counter()
-            folder = train(task, pointer, Path(scratch, task.name), steps=2 if quick else STEPS)
+            folder = train(task, pointer, Path(scratch, task.name), 2 if quick else STEPS)
+            train_own_gates(task, pointer, folder, 2 if quick else GATE_STEPS)
             entry = add(hub, folder, task, pointer, *measure(task, pointer, folder))
             seconds = time.perf_counter() - started
             print(f"{task.name:12s} {json.dumps(dict(entry.card.metrics))}  {seconds:.0f} s", flush=True)
         started = time.perf_counter()
-        folder = train_mixture(hub, tasks, pointer, Path(scratch, MIXTURE), steps=2 if quick else MIXTURE_STEPS)
+        folder = make_mixture(hub, tasks, Path(scratch, MIXTURE))
         entry = add_mixture(hub, folder, tasks, pointer)
         print(
             f"{MIXTURE:12s} {json.dumps(dict(entry.card.metrics))}  {time.perf_counter() - started:.0f} s", flush=True
@@ -116,8 +119,16 @@ def train(task: Task, pointer: Pointer, folder: Path, steps: int) -> Path:
     (folder / "README.md").unlink(missing_ok=True)  # a form that nobody filled in; the card says it all
     config = json.loads((folder / CONFIG).read_text())
     config["base_model_name_or_path"] = BASE
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order is another one in every process
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def train_own_gates(task: Task, pointer: Pointer, folder: Path, steps: int) -> None:
+    """Train the gates of a LoRA on the task that it was trained on, and write them beside it."""
+    feed = pointer.endless(task.train, min(BATCH, len(task.train)), seed=1)
+    batches = [next(feed) for _ in range(steps)]
+    save_gates(train_gates(pointing.base_model(), folder, batches, steps=steps, loss=pointing.loss), folder)
 
 
 def measure(task: Task, pointer: Pointer, folder: Path) -> tuple[dict[str, float], Tensor]:
@@ -188,15 +199,11 @@ def _shared(pointer: Pointer, description: str) -> dict[str, Any]:
 # --- the mixture ------------------------------------------------------------------------------------------------------
 
 
-def train_mixture(hub: Hub, tasks: Sequence[Task], pointer: Pointer, folder: Path, steps: int) -> Path:
-    """Train routers over the frozen adapters of a library; returns the folder of the mixture, in float16."""
-    torch.manual_seed(0)
-    model = molora.compose(pointing.base_model(), {task.name: hub.get(task.name) for task in tasks}, router=ROUTER)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("molora_router" in name)
-    rows = [row for task in tasks for row in task.train]
-    feed = pointer.endless(rows, min(BATCH, len(rows)), seed=1)
-    pointing.fit(model, feed, steps=steps, lr=MIXTURE_LEARNING_RATE, weight_decay=0.0)
+def make_mixture(hub: Hub, tasks: Sequence[Task], folder: Path) -> Path:
+    """Let the adapters of a library compete by their gates; returns the folder of the mixture, in float16."""
+    adapters = {task.name: hub.get(task.name).folder for task in tasks}
+    router = {"name": "phatgoose", "gates": adapters, "top_k": min(ACTIVE, len(adapters))}
+    model = molora.compose(pointing.base_model(), adapters, router=router)
     model.peft_config["default"].base_model_name_or_path = BASE
     molora.save(model, folder)
     (folder / "README.md").unlink(missing_ok=True)
@@ -231,8 +238,8 @@ def add_mixture(hub: Hub, folder: Path, tasks: Sequence[Task], pointer: Pointer)
     names = ", ".join(task.name for task in tasks)
     description = (
         f"Answers the tasks of {len(tasks)} adapters of this library ({names}) without being "
-        "told which task a text belongs to: the adapters are its frozen experts, and a router in each layer, "
-        "trained on texts of all tasks, chooses two of them for each text."
+        "told which task a text belongs to: the adapters are its experts, and in each layer those two act on a token "
+        "whose gates fit it best. Each gate was trained alone, with its own adapter (PHATGOOSE)."
     )
     card = {**_shared(pointer, description), "task": "everyday texts", "metrics": {**mean, **found}}
     card |= {"data": [data for task in tasks for data in task.data], "prompts": prompts}

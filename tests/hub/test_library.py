@@ -10,6 +10,7 @@ import torch
 
 import molora
 from molora import cli
+from molora.files import CONFIG, GATES, WEIGHTS
 from molora.hub.effect import proof_of_effect
 from molora.hub.store import Hub
 from molora.hub.verify import check_folder
@@ -66,7 +67,8 @@ def test_every_card_is_complete(hub):
             assert getattr(card, name), f"{entry.ref} does not say its {name}"
         assert card.base == "sentence-transformers/all-MiniLM-L6-v2" and card.fingerprint
         assert card.embedding is not None and len(card.embedding.values) == 384
-        assert set(card.files) == {"adapter_config.json", "adapter_model.safetensors"}
+        gates = {GATES} if entry.kind == "lora" else set()
+        assert set(card.files) == {CONFIG, WEIGHTS} | gates
         assert all("licence" in data or "-" in data.rpartition(";")[2] or "research" in data for data in card.data)
     # a LoRA that does not help over the frozen base is not shipped; neither do two do the same
     loras = [entry for entry in hub.list() if entry.kind == "lora"]
@@ -149,23 +151,32 @@ def test_the_mixture_loads_and_routes_tasks_apart(hub, examples, pointer):
         want = alone(**batch.inputs).last_hidden_state
     with torch.no_grad(), molora.live(model).using("news"):
         assert torch.allclose(model(**batch.inputs).last_hidden_state, want, atol=1e-5)
-    # every text has its weights, which sum to 1 in each layer, and texts of two tasks are routed in two ways
-    gates = {name: routing(model, pointer.batch(some), len(names)) for name, some in rows.items()}
+    # every token has two weights, which sum to 1 in each layer, and texts of two tasks are routed in two ways
+    gates = {name: routing(model, pointer.batch(some)) for name, some in rows.items()}
     for found in gates.values():
-        assert torch.allclose(found.sum(-1), torch.ones(len(found), SAMPLE), atol=1e-5) and (found >= 0).all()
-    assert (gates["news"].mean((0, 1)) - gates["units"].mean((0, 1))).abs().sum() > 0.2
+        assert torch.allclose(found.sum(-1), torch.ones(found.shape[:2]), atol=1e-5)
+        assert ((found > 0).sum(-1) == 2).all()
+    usual = {name: found.mean((0, 1)) for name, found in gates.items()}
+    assert (usual["news"] - usual["units"]).abs().sum() > 0.2
+    # the same as what anyone composes from the adapters and the gates beside them
+    folders = {name: hub.get(name).folder for name in names}
+    made = molora.compose(pointing.base_model(), folders, router={"name": "phatgoose", "gates": folders}).eval()
+    with torch.no_grad():
+        ours, theirs = (one(**batch.inputs).last_hidden_state for one in (model, made))
+    real = batch.inputs["attention_mask"].bool()
+    assert (ours - theirs)[real].abs().max() < 0.02 * theirs[real].abs().max()  # its gates are rounded to float16
     # and it answers better than the base alone
     for name in rows:
         own = entry.card.metrics[name]
         assert own["accuracy"] > own["accuracy_of_base"]
 
 
-def routing(model, batch, experts):
-    """The gates (layers, rows, E) of one forward."""
-    found = []
+def routing(model, batch):
+    """The gates (layers, tokens, E) of the real tokens of one forward."""
+    found, real = [], batch.inputs["attention_mask"].bool()
     with (
         torch.no_grad(),
-        molora.control.trace_of(model).telling(lambda site, routing, ctx: found.append(routing.gates)),
+        molora.control.trace_of(model).telling(lambda site, routing, ctx: found.append(routing.gates[real])),
     ):
         model(**batch.inputs)
-    return torch.stack([gates.expand(len(batch.answers), -1, experts)[:, 0] for gates in found])
+    return torch.stack(found)
