@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from molora.serve.request import Program, Request, Sampling, Stream
+from molora.serve.request import Program, Request, Sampling
+from molora.serve.stream import Stream
 
 from .timing import GROUP, Result
 

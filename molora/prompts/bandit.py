@@ -9,6 +9,10 @@ The selector's first choice is the situation, and beliefs are kept per situation
 sports, this tenant is better served by `news`". Every choice is logged with the probabilities it was drawn with. While
 frozen, rewards are logged and change nothing until `update`; otherwise each acts at once. The log is all there is to
 save: a bandit that is built on it continues where the last one stopped.
+
+In memory is one belief for each situation and adapter, however many rewards came in, one more of those that wait for
+`update`, and the latest choices. A log without a file keeps its latest events only (events.py): it is enough to look
+back, not to continue from.
 """
 
 from __future__ import annotations
@@ -89,7 +93,7 @@ class Bandit:
         self.version = 0
         self.beliefs: dict[str, dict[str, Belief]] = {}
         self._open: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> situation, name
-        self._new: list[tuple[str, str, float]] = []  # rewards that no version has learned from
+        self._coming: dict[tuple[str, str], Belief] = {}  # with the rewards that no version has learned from
         self._lock = threading.Lock()
         self._replay()
 
@@ -164,13 +168,14 @@ class Bandit:
     def update(self) -> int:
         """Learn from the rewards that came in since the last version; returns the version, new if there were any."""
         with self._lock:
-            if self._new:
+            if self._coming:
                 self._learn()
             return self.version
 
     def _reward(self, response_id: str, reward: float) -> None:
         situation, name = self._open.pop(response_id)
-        self._new.append((situation, name, reward))
+        known = self._coming.get((situation, name)) or self.beliefs.get(situation, {}).get(name, Belief())
+        self._coming[situation, name] = known.plus(reward)
 
     def _learn(self) -> None:
         """Make the next version; it is logged, so that a restart stops at the same one."""
@@ -179,10 +184,9 @@ class Bandit:
 
     def _advance(self) -> None:
         beliefs = {situation: dict(known) for situation, known in self.beliefs.items()}
-        for situation, name, reward in self._new:
-            known = beliefs.setdefault(situation, {})
-            known[name] = known.get(name, Belief()).plus(reward)
-        self.beliefs, self._new, self.version = beliefs, [], self.version + 1
+        for (situation, name), belief in self._coming.items():
+            beliefs.setdefault(situation, {})[name] = belief
+        self.beliefs, self._coming, self.version = beliefs, {}, self.version + 1
 
     def _replay(self) -> None:
         for event in self.log:

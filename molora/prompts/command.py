@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..subcommands import add_commands
+
 FIT = """Fit a selector that chooses adapters by the prompt, on the example prompts in the cards of a library, and save
 it as a folder.
 
@@ -31,21 +33,11 @@ SELECTOR = "selector"
 
 def add_prompts(command: argparse.ArgumentParser) -> None:
     """Add the commands of `molora prompts`."""
-    commands = command.add_subparsers(
-        dest="prompts_command",
-        metavar="COMMAND",
-        required=True,
-        parser_class=type(command),
-        help="see molora prompts COMMAND --help",
-    )
-    for name, add, text in (("fit", _add_fit, FIT), ("ask", _add_ask, ASK)):
-        one = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)
-        add(one)
-        one.add_argument("--model", metavar="NAME", help=MODEL_HELP)
-        one.add_argument("--json", action="store_true", help="print JSON")
-        one.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+    add_commands(command, "prompts", (("fit", _add_fit, FIT), ("ask", _add_ask, ASK)), _common)
+
+
+def _common(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--model", metavar="NAME", help=MODEL_HELP)
 
 
 def _add_fit(command: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from ..compat.layers import linear_sizes
+from ..compat.models import is_encoder_decoder
 from ..errors import ConfigError
 from ..fingerprint import of_model
 from ..train.models import quiet_transformers
@@ -89,8 +90,8 @@ class Base(Embedder):
     ) -> None:
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         # the part below the head: logits over the vocabulary would cost more than the rest of a small model
-        self.body = whole.get_encoder() if compat.is_encoder_decoder(whole) else getattr(whole, "base_model", whole)
-        marks, _ = of_model(self.body, compat.linear_sizes)
+        self.body = whole.get_encoder() if is_encoder_decoder(whole) else getattr(whole, "base_model", whole)
+        marks, _ = of_model(self.body, linear_sizes)
         digest = hashlib.sha256(json.dumps([marks, layer, max_length], sort_keys=True).encode()).hexdigest()
         super().__init__("base", {"layer": layer, "max_length": max_length, "batch_size": batch_size}, digest, cached)
         self.model, self.tokenizer = model, tokenizer

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .choice import Judged
+from .gathered import Gathered
 from .registry import guards
 
 SCOPES = ("pool", "adapter")
@@ -43,13 +44,16 @@ class Guard:
         """Judge unit vectors (B, D)."""
         raise NotImplementedError
 
+    def rest(self) -> None:
+        """Give up what can be made again at once, since it may not be asked for long; by default nothing."""
+
 
 @dataclass(frozen=True)
 class _Pool:
     """Examples (n, D), and of those that are ranked (c of them) the rows, the sum of their largest cosines with the
     others, and the smallest of these."""
 
-    examples: Tensor
+    examples: Gathered
     rows: Tensor
     sums: Tensor
     smallest: Tensor
@@ -82,12 +86,12 @@ class Nearest(Guard):
 
     def fit(self, groups: Sequence[Tensor]) -> None:
         """Score every ranked example against the others."""
-        parts = [torch.cat(list(groups))] if self.scope == "pool" else list(groups)
+        parts = [Gathered(groups)] if self.scope == "pool" else [Gathered([group]) for group in groups]
         self.pools = [self._pool(part) for part in parts if len(part) > 1]
         self.is_blind = len(self.pools) < len(parts) or any(1 / (len(pool.rows) + 1) > self.rate for pool in self.pools)
 
-    def _pool(self, examples: Tensor) -> _Pool:
-        number = len(examples)
+    def _pool(self, gathered: Gathered) -> _Pool:
+        examples, number = gathered.rows(), len(gathered)
         wanted = min(number, self.ranked)
         rows = torch.tensor([i * number // wanted for i in range(wanted)])
         k = min(self.neighbours, number - 1)
@@ -97,7 +101,7 @@ class Nearest(Guard):
             near[torch.arange(len(some)), some] = -torch.inf
             best.append(near.topk(k, dim=-1).values)
         top = torch.cat(best)
-        return _Pool(examples, rows, top.sum(-1), top[:, -1], k)
+        return _Pool(gathered, rows, top.sum(-1), top[:, -1], k)
 
     def judge(self, vectors: Tensor) -> Judged:
         """Judge by the pool, or by the adapter that a prompt is most like."""
@@ -109,9 +113,14 @@ class Nearest(Guard):
         familiarity = found.tolist() if self.pools else [1.0] * len(vectors)
         return Judged(familiarity, self.rate, self.is_blind)
 
+    def rest(self) -> None:
+        """Give up the matrices of the examples."""
+        for pool in self.pools:
+            pool.examples.rest()
+
     @staticmethod
     def _share(pool: _Pool, vectors: Tensor) -> Tensor:
-        near = vectors @ pool.examples.t()
+        near = vectors @ pool.examples.rows().t()
         mine = near.topk(pool.neighbours, dim=-1).values.sum(-1, keepdim=True)
         gained = (near[:, pool.rows] - pool.smallest).clamp_min(0)  # where the prompt is among an example's nearest
         as_odd = (pool.sums + gained <= mine).sum(-1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from .gathered import Gathered
 from .registry import prompt_selectors
 
 MODES = ("mean", "max")
@@ -43,6 +44,9 @@ class Method:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state` returned."""
         raise NotImplementedError
+
+    def rest(self) -> None:
+        """Give up what can be made again at once, since it may not be asked for long; by default nothing."""
 
 
 @prompt_selectors.register("centroid", scores="cosine")
@@ -83,13 +87,14 @@ class Knn(Method):
 
     def fit(self, groups: Sequence[Tensor]) -> None:
         """Keep all examples."""
-        self.examples = torch.cat(list(groups))
+        self.examples = Gathered(groups)
+        self.examples.rows()  # so that what this takes can be told
         self.owner = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
         self.number = len(groups)
 
     def score(self, vectors: Tensor) -> Tensor:
         """Return shares that add up to 1."""
-        near = vectors @ self.examples.t()
+        near = vectors @ self.examples.rows().t()
         cosine, index = near.topk(min(self.neighbours, near.shape[1]), dim=-1)
         distance = (2 - 2 * cosine.clamp(-1, 1)).sqrt()
         votes = 1 / (distance + 1e-3)  # an example that is the prompt itself outvotes hundreds, not all
@@ -98,12 +103,16 @@ class Knn(Method):
 
     def state(self) -> dict[str, Tensor]:
         """Return the examples (N, D) and their owners (N,)."""
-        return {"examples": self.examples, "owner": self.owner}
+        return {"examples": self.examples.rows(), "owner": self.owner}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back the examples."""
-        self.examples, self.owner = tensors["examples"], tensors["owner"]
+        self.examples, self.owner = Gathered([tensors["examples"]]), tensors["owner"]
         self.number = int(self.owner.max()) + 1
+
+    def rest(self) -> None:
+        """Give up the matrix of the examples."""
+        self.examples.rest()
 
 
 @prompt_selectors.register("pilots", scores="cosine")

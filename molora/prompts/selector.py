@@ -4,7 +4,8 @@
     selector.fit({"sports": ["Who won the cup?", ...], "law": [...]})
     selector.select(["When does the match start?"], allowed={"sports", "law"})[0].why
 
-For a set of allowed adapters, method and guard are fitted on the examples of that set alone and kept for the next time.
+For a set of allowed adapters, method and guard are fitted on the examples of that set alone and kept for the next time
+(see parts.py).
 So a choice, its scores, its guard and its sentence are those of a selector that has never seen any other adapter,
 whatever the method; what is allowed cannot be told from what exists.
 """
@@ -14,9 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,21 +27,11 @@ from . import contrastive  # noqa: F401  (registers itself)
 from .choice import Choice, Judged, explain
 from .embedder import Embedder, as_embedder
 from .guard import Guard
+from .parts import Fitted, Parts
 from .registry import guards, prompt_selectors
 from .scoring import Method
 
-KEPT = 64  # sets of allowed adapters
 LIMIT = 200  # examples per adapter
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A method and a guard for one set of adapters."""
-
-    names: tuple[str, ...]
-    method: Method
-    guard: Guard | None
-    digest: str
 
 
 class PromptSelector:
@@ -86,7 +75,7 @@ class PromptSelector:
         self.groups: tuple[Tensor, ...] = ()
         self.sources: dict[str, str] = {}
         self._whole: Fitted | None = None
-        self._parts: OrderedDict[tuple[str, ...], Fitted] = OrderedDict()
+        self._parts = Parts()
         self._lock = threading.Lock()
         self._build()  # options out of range are told now
 
@@ -137,7 +126,7 @@ class PromptSelector:
         """Replace everything that was learned; a select that runs meanwhile uses the old or the new, whole."""
         with self._lock:
             self.names, self.groups, self.sources, self._whole = names, groups, dict(sources), whole
-            self._parts.clear()
+            self._parts = Parts(groups)
 
     @property
     def digest(self) -> str:
@@ -242,16 +231,9 @@ class PromptSelector:
                 return whole
             if not names:
                 return None
-            if names in self._parts:
-                self._parts.move_to_end(names)
-                return self._parts[names]
-        made = self._fit(names, [group for name, group in zip(whole.names, groups, strict=True) if name in wanted])
-        with self._lock:
-            if self._whole is whole:  # not fitted anew meanwhile
-                self._parts[names] = made
-                while len(self._parts) > KEPT:
-                    self._parts.popitem(last=False)
-        return made
+            parts = self._parts  # those of a new fit are others
+        chosen = [group for name, group in zip(whole.names, groups, strict=True) if name in wanted]
+        return parts.get(names, lambda: self._fit(names, chosen))
 
     def _shares(self, method: Method, scores: Tensor) -> Tensor:
         temperature = self.temperature or method.temperature

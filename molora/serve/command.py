@@ -16,6 +16,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import ConfigError
+from .collecting import keep_what_was_loaded
 from .options import ServeOptions
 
 BACKLOG = 2048  # connections that wait to be accepted
@@ -71,6 +72,7 @@ def run_app(app: Any, listener: socket.socket, doing: str, *, drain: float, log_
     """
     import uvicorn
 
+    keep_what_was_loaded()
     listener.listen(BACKLOG)  # from here on clients wait, and are not refused, until the application answers
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -2,8 +2,8 @@
 
 Every answer of a tenant can be rewarded once, by its id. Where a selector chose (`model: auto`), the tenant's bandit
 drew the adapter with probabilities that are logged, and the reward is what it learns from (molora/prompts/bandit.py);
-of other answers the rewards are added up by what answered. No tenant can reward an answer of another one, and cannot
-tell one from an answer that never was.
+of other answers the rewards are added up by what answered (2,000 names for a tenant, the rest as `(other)`). No tenant
+can reward an answer of another one, and cannot tell one from an answer that never was.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..prompts.bandit import Bandit
 from ..prompts.choice import Choice
 from ..prompts.events import EventLog
 from ..registry import Spec
+from .ledger import MOST, OTHER
 from .request import ServeError
 
 WAITING = 10_000  # answers of a tenant whose reward may still come
@@ -43,7 +44,7 @@ class Feedback:
 
     Args:
         folder: where each tenant's choices and rewards are logged, from which its bandit goes on after a restart; one
-            server writes a folder at a time. None: in memory.
+            server writes a folder at a time. None: in memory, the latest 10,000 events of each tenant.
         policy: of the bandits, with options; see molora/prompts/policies.py.
         frozen: whether rewards are only logged until `update`; otherwise each acts at once.
 
@@ -119,6 +120,8 @@ class Feedback:
         with known.lock:
             # after a restart the log still knows the choice, but not in what words it was told
             name = program if program is not None else known.picked.pop(id, "auto")
+            if name not in known.rewards and len(known.rewards) >= MOST:
+                name = OTHER
             number, total = known.rewards.get(name, (0, 0.0))
             known.rewards[name] = number + 1, total + reward
         told = {"object": "feedback", "response_id": response_id, "reward": reward}

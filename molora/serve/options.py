@@ -13,29 +13,26 @@ selectors:
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from accelerate.utils import convert_file_size_to_int
-
-from ..errors import ConfigError, did_you_mean, raise_all
+from ..errors import ConfigError, raise_all
 from .cluster.options import ClusterOptions
+from .option_values import (
+    choice_problems,
+    count_problems,
+    listening_problems,
+    read_options,
+    size_problems,
+    text_problems,
+    truth_problems,
+)
 
 BACKENDS = ("auto", "hf-cb", "hf-simple")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SIZES = ("kv_memory", "cpu_memory", "max_body")
-PATHS = ("tenants", "database", "manifest")
-CHOICES = {
-    "backend": BACKENDS,
-    "dtype": DTYPES,
-    "quantize": (None, "4bit", "8bit"),
-    "log_level": ("debug", "info", "warning", "error"),
-}
-FEEDBACK = ("folder", "policy", "frozen")
+CHOICES = {"backend": BACKENDS, "dtype": DTYPES, "quantize": (None, "4bit", "8bit")}
 
 
 @dataclass
@@ -117,15 +114,6 @@ class ServeOptions:
 
     def __post_init__(self, unknown: Sequence[str]) -> None:
         problems = list(unknown)
-        for name in SIZES:
-            value = getattr(self, name)
-            try:
-                setattr(self, name, as_bytes(value))
-            except (ValueError, TypeError):
-                problems.append(f"{name} must be bytes or a size such as 2GiB, got {value!r}")
-        for name in SIZES:
-            if isinstance(getattr(self, name), int) and getattr(self, name) < 1:
-                problems.append(f"{name} must be above 0, got {getattr(self, name)}")
         problems += [*self._of_values(), *self._of_the_library()]
         if type(self.replicas) is int:
             try:
@@ -141,27 +129,12 @@ class ServeOptions:
         """Yield what is wrong with values by themselves."""
         if not self.model or not isinstance(self.model, str):
             yield "model is missing: the folder or Hub name of the base model"
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                told = ", ".join(str(choice) for choice in choices)
-                yield f"{name} must be one of {told}, got {getattr(self, name)!r}"
-        for name, least in (("loaders", 1), ("max_batch", 1), ("max_waiting", 0), ("port", 0), ("replicas", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                yield f"{name} must be a whole number from {least}, got {value!r}"
-        if isinstance(self.port, int) and self.port > 65535:
-            yield f"port must be at most 65535, got {self.port}"
-        for name in ("timeout", "drain"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                yield f"{name} must be seconds above 0, got {value!r}"
-        for name in ("docs", "open_metrics"):
-            if not isinstance(getattr(self, name), bool):
-                yield f"{name} must be true or false, got {getattr(self, name)!r}"
-        for name in ("host", "name", "gguf_file", "hub", *PATHS):
-            value = getattr(self, name)
-            if not ((isinstance(value, str) and value) or (value is None and name != "host")):
-                yield f"{name} must be a text, got {value!r}"
+        yield from choice_problems(self, CHOICES)
+        yield from size_problems(self, ("kv_memory", "cpu_memory"))
+        yield from count_problems(self, {"loaders": 1, "max_batch": 1, "max_waiting": 0, "replicas": 1})
+        yield from truth_problems(self, ("share_prefixes",))
+        yield from text_problems(self, ("name", "gguf_file", "hub", "manifest"))
+        yield from listening_problems(self)
         if self.max_length is not None and (type(self.max_length) is not int or self.max_length < 2):
             yield f"max_length must be a whole number from 2, got {self.max_length!r}"
         if not isinstance(self.slots, Mapping) or not all(
@@ -170,11 +143,6 @@ class ServeOptions:
             yield f"slots must say how many there are of each rank, as {{8: 16}}, got {self.slots!r}"
         if not isinstance(self.selectors, Mapping) or not all(isinstance(o, Mapping) for o in self.selectors.values()):
             yield f"selectors must map names to options, got {self.selectors!r}"
-        if isinstance(self.feedback, Mapping):
-            strange = sorted(str(key) for key in self.feedback if key not in FEEDBACK)
-            yield from (f"feedback has no option '{key}'; it has {', '.join(FEEDBACK)}" for key in strange)
-        elif not isinstance(self.feedback, (bool, str, type(None))):
-            yield f"feedback must be a folder, true, or options, got {self.feedback!r}"
 
     def _of_the_library(self) -> Iterator[str]:
         """Yield what is wrong with what is to be served."""
@@ -200,36 +168,8 @@ class ServeOptions:
         Raises:
             ConfigError: the file cannot be read, or a key or value is wrong; all problems at once.
         """
-        told: dict[str, Any] = {} if path is None else _file(Path(path))
-        known = {one.name for one in fields(cls)}
-        unknown = [f"'{key}' is unknown{did_you_mean(str(key), known)}" for key in told if key not in known]
-        told = {key: value for key, value in told.items() if key in known}
-        return cls(**{**told, **{key: value for key, value in flags.items() if value is not None}}, unknown=unknown)
+        return read_options(cls, path, flags, ("model", "hub", "tenants", "database", "manifest"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as in a YAML."""
         return dataclasses.asdict(self)
-
-
-def as_bytes(size: int | str) -> int:
-    """Return a size in bytes, given as a number, its digits (as a flag gives them), or a text such as `2GiB`."""
-    if isinstance(size, str) and size.isdigit():
-        return int(size)
-    return convert_file_size_to_int(size)
-
-
-def _file(path: Path) -> dict[str, Any]:
-    try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the options in '{path}' cannot be read: {error}") from error
-    if not isinstance(told, dict):
-        raise ConfigError(f"'{path}' must hold options as `key: value`, got {type(told).__name__}")
-    selectors = told.get("selectors")
-    inner = [told.get("feedback"), *(selectors.values() if isinstance(selectors, dict) else ())]
-    places = [(told, key) for key in ("model", "hub", "feedback", *PATHS)]
-    for place, key in [*places, *((one, "folder") for one in inner if isinstance(one, dict))]:
-        value = place.get(key)
-        if isinstance(value, str) and value.startswith(("./", "../", "~")):
-            place[key] = os.path.normpath(path.parent / Path(value).expanduser())
-    return told

@@ -21,7 +21,8 @@ from .choosing import choose, program_of
 from .engine.programs import Decision
 from .feedback import Feedback
 from .ledger import Ledger
-from .request import Auto, Chunk, Program, Request, Sampling, ServeError, Stream, Usage, needs
+from .request import Auto, Chunk, Program, Request, Sampling, ServeError, Usage, needs
+from .stream import Stream
 from .tenants.tenant import EVERYBODY, MAX_SHOWN, Tenant, not_found, resolve
 
 logger = logging.getLogger("molora.serve")

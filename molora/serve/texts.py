@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .engine.admission import check_known
 from .request import ServeError
 
 
@@ -20,6 +21,18 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text; raise ServeError when it is none."""
     check_text(text)
     return tokenizer(text).input_ids
+
+
+def read(tokenizer: Any, prompt: str | Sequence[int], vocabulary: int) -> str:
+    """Return the text of a prompt that is given as text or as tokens, for a selector to read.
+
+    Raises:
+        ServeError: it has tokens that do not exist, which not every tokenizer can take.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    check_known(prompt, vocabulary)
+    return tokenizer.decode(prompt)
 
 
 def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:

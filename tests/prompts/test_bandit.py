@@ -175,6 +175,58 @@ def test_only_the_latest_choices_wait():
     bandit.feedback("c", 1.0)
 
 
+def test_a_log_without_a_file_keeps_its_latest_events():
+    log = EventLog(kept=5)
+    for number in range(12):
+        log.append({"event": "pick", "id": str(number)})
+    assert [event["id"] for event in log] == ["7", "8", "9", "10", "11"]
+    again = list(log)
+    again[0]["id"] = "another"  # who reads gets copies
+    assert next(iter(log))["id"] == "7"
+    log = EventLog()
+    for _ in range(10_100):
+        log.append({"event": "pick"})
+    assert len(list(log)) == 10_000
+    with pytest.raises(ConfigError, match="kept=0"):
+        EventLog(kept=0)
+
+
+def test_a_file_keeps_all_events(tmp_path):
+    log = EventLog(tmp_path / "log.jsonl", kept=2)
+    for number in range(5):
+        log.append({"event": "version", "version": number})
+    assert [event["version"] for event in log] == [0, 1, 2, 3, 4]
+
+
+def size(thing):
+    """Return how many values a thing holds, all the way down."""
+    if isinstance(thing, dict):
+        return sum(map(size, thing.values()))
+    return sum(map(size, thing)) if isinstance(thing, (list, tuple)) else 1
+
+
+def test_a_frozen_bandit_holds_no_more_after_many_rewards_and_learns_the_same():
+    choice, held = scored(a=0.6, b=0.4), set()
+    bandit, twin = Bandit(log=EventLog(kept=10), waiting=5), Bandit(frozen=False, waiting=5)
+    sums = {}
+    for number in range(400):
+        pick = bandit.pick(choice, f"r{number}")
+        bandit.feedback(f"r{number}", number / 1000)
+        sums.setdefault(pick.name, []).append(number / 1000)
+        if number >= 50:
+            mine = [value for key, value in vars(bandit).items() if key.startswith("_")]
+            held.add(size(mine) + len(list(bandit.log)))
+    assert len(held) == 1 and bandit.beliefs == {} and set(sums) == {"a", "b"}
+    assert bandit.update() == 1 and bandit.update() == 1
+    # in the order in which they came in, so to the last bit as one by one
+    assert bandit.beliefs == {"a": {name: Belief(len(found), sum(found)) for name, found in sums.items()}}
+    play(twin, {"a": 0.5, "b": 0.5}, 20, choice)
+    assert twin.version == 20 and sum(belief.number for belief in twin.beliefs["a"].values()) == 20
+    play(bandit, {"a": 0.5, "b": 0.5}, 10, choice, prefix="s")
+    bandit.update()
+    assert sum(belief.number for belief in bandit.beliefs["a"].values()) == 410
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_restart_continues_where_it_stopped(frozen, tmp_path):
     path, choice = tmp_path / "log" / "acme.jsonl", scored(a=0.6, b=0.4)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from molora.errors import ConfigError
 from molora.prompts.contrastive import Contrastive
+from molora.prompts.gathered import Gathered, bytes_of
 from molora.prompts.registry import guards, prompt_selectors
 from molora.prompts.scoring import Centroid, Classifier, Knn, Pilots, centres
 from molora.prompts.selector import PromptSelector
@@ -324,11 +325,104 @@ def test_copies_count_once_and_the_limit_spreads():
 
 
 def test_many_sets_of_allowed_adapters_are_kept_within_bounds(monkeypatch):
-    monkeypatch.setattr("molora.prompts.selector.KEPT", 2)
+    monkeypatch.setattr("molora.prompts.parts.MOST_PARTS", 2)
     selector = fitted("centroid")
     for allowed in itertools.combinations(NAMES, 2):
         assert selector.select(["law:1"], allowed=allowed) == selector.select(["law:1"], allowed=allowed)
         assert len(selector._parts) <= 2
+
+
+def counting(selector, monkeypatch):
+    """Note the sets of adapters that a selector is fitted on."""
+    made, fit = [], selector._fit
+    monkeypatch.setattr(selector, "_fit", lambda names, groups: made.append(names) or fit(names, groups))
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("guard", list(guards))
+def test_every_set_is_fitted_once_and_its_examples_rest_within_the_memory(method, guard, monkeypatch):
+    """Tenants of all rights ask in turn, three times: the answers are the same, and nothing is fitted anew."""
+    selector = fitted(method, guard)
+    sets = [set(some) for some in itertools.combinations(NAMES, 2)]
+    expected = [fitted(method, guard, names=sorted(some)).select(["law:1", "art:3"]) for some in sets]
+    for some in sets:
+        selector.select(["law:1"], some)
+    sizes = [(awake, rest) for _, awake, rest in selector._parts._parts.values()]
+    most = sum(rest for _, rest in sizes) + 2 * max(awake - rest for awake, rest in sizes)  # two awake, the others not
+    monkeypatch.setattr("molora.prompts.parts.MOST_BYTES", most)
+    selector.fit(examples(*NAMES))
+    made = counting(selector, monkeypatch)
+    for _ in range(2):
+        for some, choices in zip(sets, expected, strict=True):
+            assert selector.select(["law:1", "art:3"], some) == choices
+            parts = selector._parts
+            told = sum(bytes_of(part, selector.groups) for part, _, _ in parts._parts.values())
+            assert told <= parts.bytes <= parts.most_bytes
+    assert len(made) == len(set(made)) == len(sets)
+
+
+def test_thousands_of_sets_take_no_more_than_they_may(monkeypatch):
+    names = [f"n{i:02d}" for i in range(40)]
+    groups = {name: F.normalize(torch.randn(30, 64, generator=torch.Generator().manual_seed(i)), dim=-1)
+              for i, name in enumerate(names)}  # fmt: skip
+    selector = PromptSelector(Planted(), "knn").fit_vectors(groups)
+    made, prompt = counting(selector, monkeypatch), groups["n00"][:1]
+    sets = [set(names[i : i + 5]) | {names[j]} for i in range(0, 30) for j in range(36, 40)]
+    for _ in range(2):
+        for some in sets:
+            selector.select_vectors(prompt, some)
+    assert len(sets) == 120 and len(made) == 120  # with 64 kept, each would have been made twice
+    monkeypatch.setattr("molora.prompts.parts.MOST_BYTES", 100_000)
+    selector.fit_vectors(groups)
+    for some in sets:
+        selector.select_vectors(prompt, some)
+        held = sum(bytes_of(part, selector.groups) for part, _, _ in selector._parts._parts.values())
+        assert held <= selector._parts.bytes <= 100_000 + 6 * 30 * 64 * 4 * 2  # the last one is kept in any case
+    assert 1 <= len(selector._parts) < 120
+
+
+def test_who_asks_for_a_set_that_is_being_fitted_waits_for_it(monkeypatch):
+    selector, go, begun = fitted("centroid"), threading.Event(), threading.Event()
+    made, fit = [], selector._fit
+
+    def slow(names, groups):
+        made.append(names)
+        begun.set()
+        assert go.wait(30)
+        return fit(names, groups)
+
+    monkeypatch.setattr(selector, "_fit", slow)
+    found = []
+    ask = [threading.Thread(target=lambda: found.append(selector.select(["law:1"], {"law", "art"})[0].version))
+           for _ in range(4)]  # fmt: skip
+    for thread in ask:
+        thread.start()
+    assert begun.wait(30)
+    go.set()
+    for thread in ask:
+        thread.join(30)
+    assert len(made) == 1 and len(found) == 4 and len(set(found)) == 1
+
+
+def test_a_set_that_could_not_be_fitted_is_tried_again(monkeypatch):
+    selector = fitted("centroid")
+    with monkeypatch.context() as patch:
+        patch.setattr(selector, "_fit", lambda names, groups: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            selector.select(["law:1"], {"law", "art"})
+    assert selector.select(["law:1"], {"law", "art"})[0].names == ("law",)
+
+
+def test_bytes_are_those_of_every_storage_once():
+    matrix = torch.zeros(4, 6)
+    thing = Gathered([matrix[:2], matrix[2:]])
+    assert bytes_of(thing) == 4 * 6 * 4 and bytes_of(thing, [matrix]) == 0
+    assert torch.equal(thing.rows(), matrix) and len(thing) == 4
+    assert bytes_of(thing, [matrix]) == 4 * 6 * 4
+    assert bytes_of({"a": [thing, thing.rows()], "b": "text"}, [matrix]) == 4 * 6 * 4
+    thing.rest()
+    assert bytes_of(thing, [matrix]) == 0 and torch.equal(thing.rows(), matrix)
 
 
 def test_a_new_fit_forgets_what_was_fitted_on_parts():

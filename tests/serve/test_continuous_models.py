@@ -13,8 +13,10 @@ import transformers as tf
 from molora.errors import ConfigError
 from molora.serve.backends import attention, packed, paged
 from molora.serve.backends.continuous import Continuous
-from molora.serve.request import Base
+from molora.serve.engine.engine import Engine
+from molora.serve.request import Base, Request
 from tests import tiny
+from tests.serve.kinds import GREEDY
 from tests.serve.test_continuous import generated, job, prompt, run
 
 NEW_ENOUGH = packaging.version.parse(tf.__version__) >= packaging.version.parse("5.23")
@@ -218,6 +220,48 @@ def test_layers_with_a_window_get_what_their_window_needs_and_the_rest_goes_to_t
     taken = sum(blocks[kind] * sizes[kind] for kind in blocks)
     assert taken <= pages.bytes <= 1 << 18
     assert taken > 0.8 * (1 << 18)
+
+
+@needs_paging
+@pytest.mark.parametrize("places", [1, 3])
+def test_where_all_layers_have_windows_the_capacity_is_what_the_blocks_hold(places):
+    """A sequence of any length fits, but what there is room for is finite, and what is taken never exceeds it."""
+    window, page = 6, 4
+    model = _mistral(window)
+    size = paged.bytes_per_block(model.config, torch.float32, page)["sliding_attention"]
+    backend = Continuous(model, size * 12, places=places, page=page)  # two blocks stay empty
+    assert backend.capacity == backend.room() == 10 * page == backend.pages.bytes // size * page - 2 * page
+    assert backend.longest > 1_000_000  # no answer is refused for its length
+    long = job(Base(), prompt(50, seed=1), limit=30)
+    assert long.need > backend.capacity and backend.fits(long)
+    backend.start(long)
+    taken = math.ceil(window / page) * page  # a window, and no more
+    assert (backend.used(), backend.room()) == (taken, backend.capacity - taken)
+    others = [job(Base(), prompt(40, seed=seed), limit=2) for seed in range(2, 2 + 8)]
+    for other in others:
+        if backend.fits(other):
+            backend.start(other)
+    assert len(backend.running()) == min(places, 5)  # five windows of two blocks
+    assert backend.used() + backend.room() == backend.capacity
+    backend.close()
+    assert backend.room() == backend.capacity
+
+
+@needs_paging
+def test_an_engine_reports_the_memory_of_windows_and_answers_beyond_it():
+    model = _mistral(6)
+    made = Engine(model, tiny.tiny_tokenizer(), backend="hf-cb", kv_bytes=1 << 16, max_batch=2, max_length=4000)
+    try:
+        capacity = made.stats().kv_capacity
+        size = paged.bytes_per_block(model.config, torch.float32, 16)["sliding_attention"]
+        assert capacity == ((1 << 16) // size - 2) * 16 < 4000
+        assert made.report == [f"hf-cb: {capacity} tokens of keys and values"]
+        assert made.longest == 4000  # as long as the model reads
+        ids = prompt(capacity + 5, seed=3)
+        drawn = made.submit(Request(ids, Base(), GREEDY)).result()[1]
+        assert drawn.usage.prompt == capacity + 5 and drawn.usage.completion == GREEDY.max_tokens
+    finally:
+        made.close()
 
 
 @needs_paging

@@ -9,8 +9,9 @@ import torch
 
 import molora
 from molora.errors import ConfigError
+from molora.serve.engine.admission import settle
 from molora.serve.engine.engine import Engine
-from molora.serve.request import Auto, Base, Mixture, Request, Sampling, ServeError, Weighted
+from molora.serve.request import Auto, Base, Mixture, Request, Sampling, ServeError, Weighted, needs
 from tests import tiny
 from tests.serve.kinds import GREEDY, answers
 from tests.serve.loras import LLAMA, generated, make_loras, make_mixture, make_store, prompts_of
@@ -192,6 +193,41 @@ def test_auto_is_settled_by_a_selector_and_told(parts, backend):
             made.submit(Request([5], Auto("x", allowed, "topic"), GREEDY))
     finally:
         made.close()
+
+
+class Several:
+    """Chooses as it is told."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def select(self, prompts, allowed=None):
+        """Return the choice for each prompt."""
+        from molora.prompts.choice import Choice
+
+        return [Choice(self.weights, self.weights, self.weights, not self.weights, "so it fits") for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("weights", "program", "told", "left"),
+    [
+        ({"m": 0.5, "a": 0.3, "b": 0.2}, Mixture("m"), {"m": 1.0}, "'a' and 'b' were"),
+        ({"a": 0.5, "m": 0.3, "b": 0.2}, Weighted((("a", 0.5), ("b", 0.2))), {"a": 0.5, "b": 0.2}, "'m' was"),
+        ({"a": 0.6, "m": 0.4}, Weighted((("a", 0.6),)), {"a": 0.6}, "'m' was"),
+        ({"a": 0.6, "b": 0.4}, Weighted((("a", 0.6), ("b", 0.4))), {"a": 0.6, "b": 0.4}, None),
+        ({"a": 1.0, "m": 0.0}, Weighted((("a", 1.0),)), {"a": 1.0}, None),
+        ({"m": 1.0}, Mixture("m"), {"m": 1.0}, None),
+        ({}, Base(), {}, None),
+    ],
+)
+def test_auto_tells_the_weights_of_what_acts(weights, program, told, left):
+    kinds = {"a": "lora", "b": "lora", "m": "mixture"}
+    made, chosen = settle(Auto("x", frozenset(kinds)), {"several": Several(weights)}, kinds)
+    assert made == program and chosen["weights"] == told and chosen["scores"] == weights
+    acting = dict(made.weights) if isinstance(made, Weighted) else dict.fromkeys(needs(made), 1.0)
+    assert chosen["weights"] == acting
+    why = "so it fits" if left is None else f"so it fits; a routed mixture acts alone, so {left} left out"
+    assert chosen["why"] == why
 
 
 def test_auto_without_selectors_is_an_unknown_model(engine):

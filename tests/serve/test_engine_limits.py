@@ -14,6 +14,7 @@ from molora.serve.tenants.tenant import not_found
 from tests import tiny
 from tests.serve.kinds import GREEDY, answers
 from tests.serve.loras import LLAMA, generated, make_loras, make_mixture, make_store, prompts_of
+from tests.serve.served import until
 
 WAIT = 30.0
 LONG = dataclasses.replace(GREEDY, max_tokens=100)
@@ -210,6 +211,33 @@ def test_an_encoding_that_takes_too_long_is_given_up(make):
         engine.embed([[5, 6]], Weighted((("a0", 1.0),)), timeout=0.01)
     assert told.value.status == 504 and engine.stats().waiting == 0
     assert engine.embed([[5, 6]], Weighted((("a0", 1.0),))).values.shape == (1, 32)
+    assert engine.stats().started == 1 and engine.stats().ended == {"timeout": 1, "stop": 1}
+
+
+def test_embeddings_are_requests_that_start_and_end(make, parts, monkeypatch):
+    """What has started has ended, once nothing runs; what could not start has ended as well, as answers do."""
+    engine = make()
+    for _ in range(3):
+        engine.embed([[5, 6], [7]])
+        stats = engine.stats()
+        assert stats.started == sum(stats.ended.values()) == stats.ended["stop"]
+    assert engine.submit(Request([5], Base(), GREEDY)).result()[1].finish == "length"
+    assert engine.stats().started == 4 and engine.stats().ended == {"stop": 3, "length": 1}
+    monkeypatch.setattr(parts[2], "lease", lambda names: None)  # it waits for ever
+    told = []
+
+    def ask():
+        with pytest.raises(ServeError) as refused:
+            engine.embed([[5]], Weighted((("a0", 1.0),)))
+        told.append(refused.value.code)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    until(lambda: engine.stats().waiting == 1)
+    engine.close()
+    asking.join(WAIT)
+    assert told == ["draining"] and engine.stats().started == 4
+    assert engine.stats().ended == {"stop": 3, "length": 1, "cancelled": 1}
 
 
 # --- survived -----------------------------------------------------------------------------------------------------
@@ -248,7 +276,7 @@ def test_a_forward_that_fails_ends_its_batch_and_nothing_else(make, parts, poiso
     with pytest.raises(ServeError, match="RuntimeError"):
         engine.embed([[POISON]])
     stats = engine.stats()
-    assert stats.healthy and stats.ended == {"error": 2, "length": 2} and stats.kv_used == 0
+    assert stats.healthy and stats.ended == {"error": 3, "length": 2} and stats.kv_used == 0
 
 
 def test_what_is_done_at_the_end_is_done_once_and_harms_nobody(make):

@@ -163,12 +163,18 @@ def test_bodies_that_are_too_large(client, url):
         b'{"model": "base", "prompt": "a", "n": true}',
         b'{"model": "base", "prompt": "a", "logit_bias": {"x": 1}}',
         b'{"model": "base", "prompt": "a", "logit_bias": {"1000000": 1}}',
+        b'{"model": "base", "prompt": "a", "logit_bias": {"1_0": 1}}',
+        b'{"model": "base", "prompt": "a", "logit_bias": {" 5": 1}}',
+        b'{"model": "base", "prompt": "a", "logit_bias": {"05": 1}}',
+        b'{"model": "base", "prompt": "a", "logit_bias": {"\\u0663": 1}}',
+        b'{"model": "base", "prompt": "a", "logit_bias": {"-1": 1}}',
+        b'{"model": "base", "prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}',
         b'{"model": "base", "prompt": "a", "suffix": "b"}',
         b'{"model": "base", "prompt": "a", "echo": true}',
         b'{"model": "base", "prompt": "a", "best_of": 4}',
         b'{"model": "base", "prompt": "a", "stream_options": {"include_usage": 1}}',
     ],
-    ids=range(28),
+    ids=range(34),
 )
 def test_bodies_that_mean_nothing(client, service, content):
     answer = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
@@ -180,10 +186,12 @@ def test_bodies_that_mean_nothing(client, service, content):
 
 def test_chats_that_mean_nothing(client):
     for messages in ([], [{"role": "robot", "content": "a"}], [{"role": "user", "content": [{"type": "image_url"}]}],
+                     [{"role": "user", "content": [{"type": "image_url", "text": "a", "image_url": {"url": "x"}}]}],
                      [{"role": "user", "content": "\ud800"}], [{"content": "a"}], "hello"):  # fmt: skip
         body = json.dumps({"model": "base", "messages": messages})
-        answer = client.post("/v1/chat/completions", content=body)
+        answer = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["message"], messages
+        assert "JSON" not in answer.text and "dictionary" not in answer.text  # it was read, and means nothing
     for extra in ({"top_logprobs": 3}, {"response_format": {"type": "json_object"}}, {"tools": [{}]},
                   {"max_completion_tokens": 0}):  # fmt: skip
         body = {"model": "base", "messages": [{"role": "user", "content": "a"}], **extra}

@@ -8,7 +8,9 @@ import openai
 import pytest
 import torch
 
-from molora.serve.request import Base, Mixture, Request, Sampling, Weighted
+from molora.serve.engine.programs import Decision
+from molora.serve.http.tracing import LONGEST, Tracer
+from molora.serve.request import Base, Mixture, Request, Sampling, Token, Weighted
 from tests import tiny
 from tests.serve.served import ADAPTERS, KEYS, listening, options_of, started, text_of, with_tenants
 
@@ -226,6 +228,17 @@ def test_base64_is_little_endian_float32(url):
     assert struct.unpack(f"<{len(data) // 4}f", data) == pytest.approx(plain, abs=1e-7)
 
 
+@pytest.mark.parametrize("tokens", [[-1], [2**31], [2**64], [10**30], [5, 96]])
+def test_auto_refuses_tokens_that_do_not_exist_before_it_reads_them(client, tokens):
+    """A selector reads text, and tokenizers fail on tokens out of their range, each in its way."""
+    told = f"the prompt has token {tokens[-1]}, but the model knows tokens 0 to 95"
+    for given in (tokens, [tokens], [[5], tokens]):
+        with pytest.raises(openai.BadRequestError, match=told):
+            client.completions.create(model="auto", prompt=given, **GREEDY)
+        with pytest.raises(openai.BadRequestError, match=told):
+            client.embeddings.create(model="auto", input=given)
+
+
 def test_auto_says_what_it_chose_and_why(client, service):
     answer = client.completions.create(model="auto", prompt="the doctor is not the patient", **GREEDY)
     told = answer.model_extra["molora"]
@@ -268,6 +281,31 @@ def test_trace_tells_the_routing_of_every_token(client, service):
     assert streamed == told["trace"]
     alone = client.completions.create(model="base", prompt="a", extra_body={"molora": {"trace": True}}, **GREEDY)
     assert alone.model_extra["molora"] == {"base": True}  # there is no router
+
+
+@pytest.mark.parametrize("piece", [1, 100, 256, 5000])
+def test_of_a_long_prompt_the_last_tokens_are_traced_and_held(client, service, piece):
+    """Read in pieces or at once: what is told is that of all decisions, what is held no more than it needs."""
+    rng, prompt = torch.Generator().manual_seed(0), [5 + i % 80 for i in range(1500)]
+    gates = {layer: torch.rand(len(prompt), 3, generator=rng) for layer in ("a", "b")}
+    whole = {"c": torch.rand(1, 3, generator=rng)}  # decides once for the prompt
+    tracer = Tracer(service.tokenizer, prompt)
+    for start in range(0, len(prompt), piece):
+        for layer, of in gates.items():
+            tracer(Decision(layer, of[start : start + piece], of[start : start + piece]))
+    for layer, of in whole.items():
+        tracer(Decision(layer, of, of))
+    held = [one for parts in tracer._heard[0].values() for pair in parts for one in pair]
+    assert sum(one.untyped_storage().nbytes() for one in held if len(one) > 300) <= 4 * LONGEST * 3 * 4
+    assert sum(len(one) for one in held) <= 4 * (LONGEST + min(piece, LONGEST)) + 2
+    told = tracer.take([Token(7)])
+    mean = (gates["a"] + gates["b"] + whole["c"]) / 3
+    assert len(told["prompt_trace"]) == LONGEST
+    for entry, token, row in zip(told["prompt_trace"], prompt[-LONGEST:], mean[-LONGEST:], strict=True):
+        assert entry["token"] == service.tokenizer.decode([token])
+        assert [one for one, _ in entry["experts"]] == row.argsort(descending=True).tolist()
+        assert [gate for _, gate in entry["experts"]] == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-4)
+    assert told["trace"][0]["experts"] == told["prompt_trace"][-1]["experts"]
 
 
 def test_errors_become_the_clients_exceptions(world, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import pytest
 import scipy.stats
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -125,6 +126,32 @@ def test_penalties_and_bias_are_closed_forms():
     torch.testing.assert_close(probabilities(sampler, logits), expected.softmax(-1), rtol=1e-5, atol=1e-9)
     greedy = Sampler(Sampling(temperature=0.0, logit_bias=((7, 100.0),)), [])
     assert greedy(logits).id == 7
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations inside."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Count one."""
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_thousand_biases_are_those_of_a_loop_and_one_operation():
+    """What one request asks must not hold up the others of its batch."""
+    logits, rng = logits_of(3000), torch.Generator().manual_seed(1)
+    biases = [(7 * i % 3000, float(torch.rand((), generator=rng) * 200 - 100)) for i in range(1024)]
+    biases += [(5, 0.1), (5, 0.7)]  # twice the same
+    expected = logits.clone()
+    for token, bias in biases:
+        expected[token] += bias
+    sampler = Sampler(Sampling(temperature=0.0, logit_bias=tuple(biases)), [])
+    with Calls() as calls:
+        assert sampler(logits).id == int(expected.argmax())
+    assert calls.number < 20
+    assert torch.equal(sampler._shaped(logits), expected)
 
 
 def test_nothing_ends_before_min_tokens():

@@ -157,6 +157,37 @@ def test_every_refusal_gives_its_grant_back(owned):
     assert rows(owned, "ann") == {}
 
 
+def test_a_full_queue_refuses_a_tenant_before_anything_is_done_for_it(owned, monkeypatch):
+    """The limit is that of the tenant: who fills the queue is refused unread, while another one is let in."""
+    ann, bob = owned.tenant_of(KEYS["ann"]), owned.tenant_of(KEYS["bob"])
+    asked, inner, go, held = [], owned.engine.selectors["topic"], threading.Event(), threading.Event()
+
+    class Asked:
+        def select(self, prompts, allowed):
+            asked.append(sorted(allowed))
+            return inner.select(prompts, allowed)
+
+    monkeypatch.setitem(owned.engine.selectors, "topic", Asked())
+    monkeypatch.setattr(owned.engine, "max_waiting", 4)
+    held_up = owned.engine.call(lambda: (held.set(), go.wait(30)))
+    assert held.wait(30)
+    try:
+        streams = [ask(owned, ann, "base") for _ in range(4)]
+        grants = dict(owned.tenants.quotas.running())
+        prompt = ids(owned)
+        auto = owned.program(ann, "auto", lambda: "the doctor")
+        for refused in (lambda: ask(owned, ann, "auto"), lambda: owned.embed(ann, auto, [prompt])):
+            with pytest.raises(ServeError, match="4 requests are waiting") as told:
+                refused()
+            assert (told.value.status, told.value.code) == (429, "queue_full")
+        assert asked == [] and owned.tenants.quotas.running() == grants == {"ann": 4}
+        streams.append(ask(owned, bob, "auto", "the star is not the planet"))
+        assert len(asked) == 1 and "bob-secret" in asked[0]
+    finally:
+        go.set()
+    assert held_up.result(30) and [stream.result()[1].finish for stream in streams] == ["length"] * 5
+
+
 def test_a_server_that_has_ended_refuses_and_owes_nothing(world, tmp_path, monkeypatch):
     options = with_tenants(world, tmp_path, monkeypatch)
     with started(options) as service:
@@ -198,6 +229,24 @@ def test_a_bandit_learns_what_a_tenant_likes():
     assert [made.names[0] for made, _ in learned].count("y") > 90
     assert all(told["bandit"]["version"] == 1 for _, told in learned)
     assert [feedback.choose("bob", scored, f"d{i}")[0].names[0] for i in range(100)].count("x") > 25  # bob's own
+
+
+def test_what_is_kept_of_a_tenant_is_bounded(monkeypatch):
+    monkeypatch.setattr("molora.serve.feedback.MOST", 3)
+    monkeypatch.setattr("molora.serve.feedback.WAITING", 4)
+    feedback = Feedback()
+    for i in range(10):  # a tenant may mix its adapters in endless ways
+        feedback.note("ann", f"a{i}", f"mix{i}", picked=False)
+        feedback.take("ann", f"cmpl-a{i}", i / 10)
+    report = feedback.report("ann")["programs"]
+    assert [one["program"] for one in report] == ["(other)", "mix0", "mix1", "mix2"]
+    assert sum(one["rewards"] for one in report) == 10
+    assert report[0]["rewards"] == 7 and report[0]["mean"] == pytest.approx(sum(range(3, 10)) / 70)
+    for i in range(10):
+        feedback.note("ann", f"b{i}", "x", picked=False)
+    with pytest.raises(ServeError):
+        feedback.take("ann", "cmpl-b5", 1.0)
+    feedback.take("ann", "cmpl-b6", 1.0)
 
 
 def test_propensities_are_those_of_the_draws():

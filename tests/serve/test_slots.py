@@ -10,7 +10,7 @@ import molora
 from molora.control import trace_of
 from molora.errors import ConfigError
 from molora.files import WEIGHTS, look
-from molora.from_peft import Lora, read_lora
+from molora.lora_files import Lora, read_lora
 from molora.routing.rows import Rows
 from molora.serve.store.slots import LARGEST, Place, Slots, rank_of, too_large
 from tests import tiny

@@ -58,9 +58,10 @@ def test_keys_end(tenants):
     assert tenants.authenticate(two.secret)
     clock.wait(1)
     assert tenants.authenticate(two.secret) is None  # to the second, though it was read a second ago
+    assert tenants.authenticate(tenants.add_key("news", expires=0.0).secret) is None  # long over, and not for ever
     assert tenants.revoke(one.id) == [one.id] and tenants.revoke(one.id) == []
     assert tenants.authenticate(one.secret) is None
-    assert [key.is_good(clock()) for key in tenants.keys("news")] == [False, False]
+    assert [key.is_good(clock()) for key in tenants.keys("news")] == [False] * 3
     with pytest.raises(ConfigError, match="neither the id of a key nor a tenant"):
         tenants.revoke("nobody")
 

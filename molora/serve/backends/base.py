@@ -40,11 +40,13 @@ class Backend(Protocol):
     Attributes:
         name: as in options and reports, such as `hf-simple`.
         capacity: tokens of keys and values that its memory holds at most.
+        longest: tokens that one job alone can come to.
         packs: whether the tokens of requests share a row, where no router may look at other tokens.
     """
 
     name: str
     capacity: int
+    longest: int
     packs: bool
 
     def why_not(self, program: Program) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ...compat import generates
+from ...compat.models import generates
 from ...errors import ConfigError, did_you_mean
 from ..request import Program
 from .base import Backend

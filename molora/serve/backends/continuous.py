@@ -52,7 +52,8 @@ class Continuous:
         packed: tells why a mixture cannot run in a packed batch, by name; None: it can.
 
     Attributes:
-        capacity: tokens that one job alone can come to.
+        capacity: tokens whose keys and values the blocks hold.
+        longest: tokens that one job alone can come to; more than `capacity` where all layers have sliding windows.
 
     Raises:
         ConfigError: the model cannot be served so (see `why_not`), or the numbers are out of range.
@@ -78,7 +79,8 @@ class Continuous:
         if reason is not None:
             raise ConfigError(f"hf-cb cannot run this model: {reason}; use backend hf-simple")
         self._reader = PackedModel(model, kv_bytes, places, page)
-        self.pages, self.capacity = self._reader.pages, self._reader.pages.capacity
+        self.pages = self._reader.pages
+        self.capacity, self.longest = self.pages.capacity, self.pages.longest
         self.places, self.batch_tokens = places, batch_tokens
         self._packed, self._composer = packed, Composer(model)
         self._runs: dict[str, _Run] = {}
@@ -97,7 +99,7 @@ class Continuous:
 
     def fits(self, job: Job) -> bool:
         """Tell whether a job may start now: a place is free, and blocks for all its tokens (`Job.need`)."""
-        return len(self._runs) < self.places and job.need <= self.pages.room
+        return len(self._runs) < self.places and self.pages.fits(job.need)
 
     def start(self, job: Job) -> None:
         """Reserve blocks for a job, find what of its prompt is in the cache, and take it into the next step."""
@@ -108,8 +110,8 @@ class Continuous:
                 f"request '{job.id}' needs {job.need} tokens of keys and values, but {self.pages.room} of "
                 f"{self.capacity} are free, and {self.places - len(self._runs)} of {self.places} places; give a "
                 f"shorter prompt, less max_tokens, or wait",
-                503 if job.need <= self.capacity else 400,
-                "no_room" if job.need <= self.capacity else "context_length_exceeded",
+                503 if job.need <= self.longest else 400,
+                "no_room" if job.need <= self.longest else "context_length_exceeded",
             )
         self.pages.open(job.id, job.salt, job.need)
         self._runs[job.id] = run = _Run(job, [*job.prompt_ids, *job.drawn], 0)

@@ -27,6 +27,7 @@ from torch import Tensor
 from ...errors import ConfigError
 
 PACKAGE = "transformers.generation.continuous_batching"
+ENDLESS = 2**31  # tokens; longer than any sequence
 #: What is taken from PACKAGE, by module and dotted name, and why.
 PRIVATE = {
     "cache:PagedAttentionCache": "holds the tensor and the allocators of its layers",
@@ -145,7 +146,7 @@ class Pages:
         """
         pool, per_sector = self.cache.pool, [kind.blocks_per_sector for kind in self.kinds]
         left, given = pool.num_free_sectors, [0] * len(self.kinds)
-        windows = [places * self._needed(kind, 2**31) if _window(kind) else math.inf for kind in self.kinds]
+        windows = [places * self._needed(kind, ENDLESS) if _window(kind) else math.inf for kind in self.kinds]
         order = sorted(range(len(self.kinds)), key=lambda i: windows[i])  # those with a window first
         for place, i in enumerate(order):
             others = len(order) - place - 1  # which get at least one each
@@ -164,13 +165,22 @@ class Pages:
 
     @property
     def capacity(self) -> int:
-        """Tokens that one sequence alone can come to."""
-        return self._fitting(self.blocks)
+        """Tokens whose keys the blocks hold, in the kind of layers that runs out of blocks first."""
+        return self._tokens(self.blocks)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that one sequence alone can come to: `ENDLESS` where no layer looks back farther than a window."""
+        return ENDLESS if self._is_endless(self.blocks) else self.capacity
 
     @property
     def room(self) -> int:
-        """Tokens that one more sequence can come to, whatever the open ones do."""
-        return self._fitting([have - taken for have, taken in zip(self.blocks, self._promised(), strict=True)])
+        """Tokens whose keys find blocks that are neither held nor reserved."""
+        return self._tokens(self._free())
+
+    def fits(self, need: int) -> bool:
+        """Tell whether there are blocks for one more sequence of so many tokens, whatever the open ones do."""
+        return all(self._needed(kind, need) <= free for kind, free in zip(self.kinds, self._free(), strict=True))
 
     @property
     def reserved(self) -> int:
@@ -180,13 +190,24 @@ class Pages:
     def _promised(self) -> list[int]:
         return [sum(blocks[i] for blocks in self._reserved.values()) for i in range(len(self.kinds))]
 
-    def _fitting(self, free: list[int]) -> int:
-        """Return the tokens of a sequence that these many blocks of each kind can hold."""
-        held = [max(0, blocks) * self.page for blocks in free]
-        for i, kind in enumerate(self.kinds):
-            if _window(kind) and free[i] >= self._needed(kind, 2**31):
-                held[i] = 2**31  # a full window holds a sequence of any length
-        return min(held)
+    def _free(self) -> list[int]:
+        return [have - taken for have, taken in zip(self.blocks, self._promised(), strict=True)]
+
+    def _tokens(self, blocks: list[int]) -> int:
+        """Return the tokens that these many blocks of each kind hold."""
+        held = [max(0, count) * self.page for count in blocks]
+        if self._is_endless(blocks):
+            return min(held)
+        # a full window holds a sequence of any length, so what the other layers can hold counts
+        full = [self._holds_window(i, count) for i, count in enumerate(blocks)]
+        return min(tokens for tokens, is_full in zip(held, full, strict=True) if not is_full)
+
+    def _is_endless(self, blocks: list[int]) -> bool:
+        """Tell whether these many blocks of each kind hold a sequence of any length."""
+        return all(self._holds_window(i, count) for i, count in enumerate(blocks))
+
+    def _holds_window(self, i: int, count: int) -> bool:
+        return bool(_window(self.kinds[i])) and count >= self._needed(self.kinds[i], ENDLESS)
 
     # --- sequences ------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class Simple:
         with self.composer.acting(()):
             self.takes_padding = self.decoder.takes_padding()
             self.per_token, self.per_row = self.decoder.bytes_per_token()
-        self.capacity = max(0, kv_bytes - self.per_row) // max(1, self.per_token)
+        self.capacity = self.longest = max(0, kv_bytes - self.per_row) // max(1, self.per_token)
         self._batches: list[_Batch] = []  # of which the last one may not have begun
         self._busy = 0.0
 

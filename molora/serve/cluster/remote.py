@@ -19,7 +19,8 @@ from ..engine.encode import Encoded
 from ..engine.fair import Share
 from ..engine.programs import Decision
 from ..engine.stats import Stats
-from ..request import Base, Chunk, Program, Request, Sampling, ServeError, Stream, Usage
+from ..request import Base, Chunk, Program, Request, Sampling, ServeError, Usage
+from ..stream import Stream
 from .affinity import set_of
 from .fleet import Fleet
 
@@ -74,7 +75,7 @@ class RemoteEngine:
         Raises:
             ServeError: as of `Engine.submit`; 503 when no replica takes it.
         """
-        self.check_open()
+        self.check_open(request.tenant)
         stream = Stream(request, self.cancel)
         taken: Future[None] = Future()
         asyncio.run_coroutine_threadsafe(self._run(stream, taken, when_done, watcher), self._loop)
@@ -160,12 +161,12 @@ class RemoteEngine:
         **options: Any,
     ) -> Encoded:
         """Return vectors of prompts, and wait for them; see `Engine.embed`."""
-        self.check_open()
+        self.check_open(options.get("tenant"))
         handle = self._handle.options(multiplexed_model_id=set_of(program))
         return called(handle.embed, [list(one) for one in prompts], program, options, limit=self.timeout + GRACE)
 
     def check_open(self, tenant: str | None = None) -> None:
-        """Raise ServeError when no request would be taken now."""
+        """Raise ServeError when no request would be taken now; whose queue is full is known to the replicas alone."""
         if self._draining:
             raise ServeError("this server is going down; ask another one", 503, "draining", retry_after=1.0)
 

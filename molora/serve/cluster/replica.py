@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, MoloraError
+from ..collecting import keep_what_was_loaded
 from ..engine.encode import Encoded
 from ..engine.programs import Decision
 from ..options import ServeOptions
@@ -62,6 +63,7 @@ class EngineReplica:
         self._sharing = None
         if balance is not None:
             self._sharing = Sharing(self.engine.scheduler, self.name, _reporter(balance), self.options.credit)
+        keep_what_was_loaded()
         self._beat = threading.Thread(target=self._beat_on, name="molora-replica", daemon=True)
         self._beat.start()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..request import Auto, Base, Mixture, Program, Sampling, ServeError, Weighted, needs
@@ -17,11 +17,7 @@ def check_tokens(prompt_ids: list[int], sampling: Sampling, vocabulary: int) -> 
     """Raise ServeError when tokens of a request do not exist, or its sampling is out of range."""
     if not prompt_ids:
         raise ServeError("the prompt has no tokens; send at least one", param="prompt")
-    wrong = [token for token in prompt_ids if not 0 <= token < vocabulary]
-    if wrong:
-        raise ServeError(
-            f"the prompt has token {wrong[0]}, but the model knows tokens 0 to {vocabulary - 1}", param="prompt"
-        )
+    check_known(prompt_ids, vocabulary)
     sampling.check()
     named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
     for name, tokens in named.items():
@@ -30,6 +26,15 @@ def check_tokens(prompt_ids: list[int], sampling: Sampling, vocabulary: int) -> 
             raise ServeError(
                 f"{name} names token {unknown[0]}, but the model knows tokens 0 to {vocabulary - 1}", param=name
             )
+
+
+def check_known(tokens: Sequence[int], vocabulary: int) -> None:
+    """Raise ServeError when tokens of a prompt do not exist."""
+    wrong = [token for token in tokens if not 0 <= token < vocabulary]
+    if wrong:
+        raise ServeError(
+            f"the prompt has token {wrong[0]}, but the model knows tokens 0 to {vocabulary - 1}", param="prompt"
+        )
 
 
 def check_queue(scheduler: Scheduler[Any], most: int, tenant: str | None) -> None:
@@ -99,6 +104,10 @@ def settle(
         auto: what it reads, and what it may choose from.
         selectors: by name; the first one is the default.
         kinds: `lora` or `mixture` by name, of all that is registered.
+
+    Returns:
+        The program, and what the caller is told: among it `weights`, of what acts. A mixture acts alone, so where it
+        is the first choice all others are left out, and where it is not it is left out itself.
     """
     if not selectors:
         raise not_found("auto")
@@ -110,7 +119,7 @@ def settle(
         told = {"why": "there is no adapter to choose from", "abstained": True, "weights": {}, "scores": {}}
         return Base(), {"selector": name, **told}
     choice = selectors[name].select([auto.text], allowed)[0]
-    told = {"weights": dict(choice.weights), "scores": dict(choice.scores), "abstained": choice.abstained}
+    told = {"weights": {}, "scores": dict(choice.scores), "abstained": choice.abstained}
     told |= {"selector": name, "why": choice.why}
     entropy = getattr(choice, "entropy", None)
     if entropy is not None:
@@ -121,6 +130,12 @@ def settle(
         raise ServeError(f"selector '{name}' chose what it was not offered", status=500, code="selector_failed")
     if not chosen:
         return Base(), told
-    if kinds[chosen[0][0]] == "mixture":
-        return Mixture(chosen[0][0]), told
-    return Weighted(tuple((one, weight) for one, weight in chosen if kinds[one] != "mixture")), told
+    first = chosen[0][0]
+    acting = chosen[:1] if kinds[first] == "mixture" else [pair for pair in chosen if kinds[pair[0]] != "mixture"]
+    left = [f"'{pair[0]}'" for pair in chosen if pair not in acting]
+    if left:
+        were = "was" if len(left) == 1 else "were"
+        told["why"] += f"; a routed mixture acts alone, so {' and '.join(left)} {were} left out"
+    if kinds[first] == "mixture":
+        return Mixture(first), {**told, "weights": {first: 1.0}}
+    return Weighted(tuple(acting)), {**told, "weights": dict(acting)}

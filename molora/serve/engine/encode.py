@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compat import is_encoder_decoder
+from ...compat.models import is_encoder_decoder
 from ..backends.decoding import pad
 from ..request import Program, ServeError
 from .jobs import Lease

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from ..backends.choose import choose
-from ..request import Auto, Base, Chunk, Program, Request, Sampling, ServeError, Stream, needs
+from ..request import Auto, Base, Chunk, Program, Request, Sampling, ServeError, needs
+from ..stream import Stream
 from . import admission
 from .detokenise import Detokeniser
 from .encode import POOLINGS, Encoded, Encoder, Encoding
@@ -245,15 +246,15 @@ class Engine:
 
     def _longest_of(self, backend: Any) -> tuple[int, str]:
         """Return how many tokens prompt and answer may have together, and what sets that."""
-        if backend.capacity < self.max_length:
-            return backend.capacity, "the memory of keys and values of this server"
+        if backend.longest < self.max_length:
+            return backend.longest, "the memory of keys and values of this server"
         return self.max_length, "the longest context of this server"
 
     def _limit(self, prompt: int, asked: int | None, backend: Any) -> int:
         longest, of = self._longest_of(backend)
         if self.is_pair:  # prompt and answer have positions of their own, but share the memory
             admission.check_length(prompt, 0, self.max_length + 1, "the longest input of this model")
-            longest = min(self.max_length + prompt, backend.capacity)
+            longest = min(self.max_length + prompt, backend.longest)
         admission.check_length(prompt, asked, longest, of)
         return longest - prompt if asked is None else asked
 

@@ -12,7 +12,7 @@ from ..request import Mixture, ServeError, needs
 from .encode import Encoder, Encoding
 from .fair import Scheduler
 from .jobs import Job, private, salt_of
-from .stats import Counts
+from .stats import Counts, ended_by
 
 logger = logging.getLogger("molora.serve")
 
@@ -169,6 +169,7 @@ class Entrance:
             if vectors is not None:
                 self.reading = None
                 self.give_back(item)
+                self.counts.end("stop")
                 item.result.set_result(vectors)
         self.counts.encoding += time.thread_time() - began
 
@@ -177,6 +178,7 @@ class Entrance:
         if self.reading is not None:
             (item, _), self.reading = self.reading, None
             self.give_back(item)
+            self.counts.end(ended_by(error))
             item.result.set_exception(error)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..request import Base, Chunk, Finish, Mixture, Program, Request, ServeError, Stream, Token, Usage, Weighted
+from ..request import Base, Chunk, Finish, Mixture, Program, Request, ServeError, Token, Usage, Weighted
+from ..stream import Stream
 from .detokenise import Detokeniser
 from .sampling import Sampler
 

@@ -18,7 +18,7 @@ from .encode import Encoder, Encoding
 from .entrance import Entrance, Item, failed, run_into, throw
 from .fair import Scheduler
 from .jobs import Job
-from .stats import Counts, Stats, snapshot
+from .stats import Counts, Stats, ended_by, snapshot
 
 logger = logging.getLogger("molora.serve")
 LOOK = 0.1  # seconds after which a thread with waiting requests looks again, although nobody told it of a change
@@ -111,7 +111,9 @@ class Loop:
 
     def forget(self, item: Encoding) -> None:
         """Take an encoding out whose result nobody waits for any more."""
-        if not item.result.cancel():  # it is being read: no further than this forward
+        if item.result.cancel():
+            self._counts.end("timeout")
+        else:  # it is being read: no further than this forward
             item.failure = ServeError("nobody waits for it any more", 504, "timeout")
         self.scheduler.remove(item)
 
@@ -289,7 +291,7 @@ class Loop:
                 del self._jobs[job.id]
                 self._untold += 1
                 self._counts.tokens_cached += job.cached  # a backend may find more of it after the start
-                self._counts.ended[finish] += 1
+                self._counts.end(finish)
             self._changed = True
             self._lock.notify_all()
         return known
@@ -309,6 +311,8 @@ class Loop:
         for item in list(self.scheduler):
             if self.scheduler.remove(item) and isinstance(item, Encoding):
                 self._entrance.give_back(item)
+                if not item.result.cancelled():
+                    self._counts.end(ended_by(gone))
                 run_into(item.result, lambda: throw(gone))
         for _, future in calls:
             run_into(future, lambda: throw(gone))

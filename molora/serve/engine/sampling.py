@@ -38,6 +38,10 @@ class Sampler:
         self._counts: Counter[int] = Counter()  # of the answer's tokens
         self._drawn = 0
         self._seen = dict.fromkeys(prompt_ids) if sampling.repetition_penalty != 1.0 else {}
+        self._biases: tuple[Tensor, Tensor] | None = None
+        if sampling.logit_bias:
+            tokens, biases = zip(*sampling.logit_bias, strict=True)
+            self._biases = torch.tensor(tokens), torch.tensor(biases, dtype=torch.float64)
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
             self._generator = torch.Generator()
@@ -124,8 +128,9 @@ class Sampler:
             drawn = torch.tensor(list(self._counts), device=scores.device)
             often = torch.tensor(list(self._counts.values()), device=scores.device, dtype=scores.dtype)
             scores[drawn] -= asked.presence_penalty + asked.frequency_penalty * often
-        for token, bias in asked.logit_bias:
-            scores[token] += bias
+        if self._biases is not None:  # all at once: a thousand, one by one, would hold up the whole batch
+            tokens, biases = self._biases
+            scores.index_add_(0, tokens.to(scores.device), biases.to(scores))
         if self._drawn < asked.min_tokens:
             scores[[token for token in self.ends if token < scores.shape[-1]]] = -torch.inf
         return scores

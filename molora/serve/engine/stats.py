@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..backends.base import Backend
-from ..request import Mixture, Program, Weighted
+from ..request import Finish, Mixture, Program, ServeError, Weighted
 from .fair import Scheduler
 from .jobs import Job
 
@@ -24,8 +25,10 @@ class Stats:
     Attributes:
         healthy: whether its thread runs.
         draining: whether it takes no more requests.
-        waiting, running: requests.
-        started, ended: requests so far; `ended` by how.
+        waiting: requests, prompts to be encoded among them.
+        running: requests in the batch.
+        started, ended: requests so far, those for embeddings and classes among them; `ended` by how, also of those
+            that ended while they waited. An embedding that was made has ended by `stop`.
         tokens_in, tokens_cached, tokens_out: of prompts, of these from the prefix cache, and drawn.
         steps: forwards of the model.
         batch: rows of the last forward by adapter.
@@ -76,6 +79,12 @@ class Counts:
     ended: Counter[str] = field(default_factory=Counter)
     by_adapter: Counter[str] = field(default_factory=Counter)
     batch: dict[str, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def end(self, finish: Finish) -> None:
+        """Note that a request has ended, before anybody is told; on any thread."""
+        with self._lock:
+            self.ended[finish] += 1
 
     def step(self, jobs: Sequence[Job]) -> None:
         """Note a forward."""
@@ -88,6 +97,12 @@ class Counts:
         for name in named(job.program):
             known = name in self.by_adapter or len(self.by_adapter) < MOST
             self.by_adapter[name if known else OTHER] += 1
+
+
+def ended_by(error: BaseException) -> Finish:
+    """Return how an encoding that failed has ended, in the words of answers."""
+    known: dict[str | None, Finish] = {"timeout": "timeout", "draining": "cancelled"}
+    return known.get(error.code, "error") if isinstance(error, ServeError) else "error"
 
 
 def snapshot(

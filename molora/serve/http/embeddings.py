@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from ..request import ServeError
-from ..texts import encode
+from ..texts import encode, read
 from .caller import Caller, Served
 from .described import EMBEDDINGS, ERRORS
 from .schemas import EmbeddingBody, Program
@@ -26,7 +26,7 @@ async def embeddings(body: EmbeddingBody, request: Request, service: Served, ten
     given, extra = body.inputs(), body.molora or Program()
 
     def text() -> str:
-        return "\n".join(one if isinstance(one, str) else service.tokenizer.decode(one) for one in given)
+        return "\n".join(read(service.tokenizer, one, service.engine.vocabulary) for one in given)
 
     def work() -> tuple[list[list[int]], Tensor, Any]:
         tokens = [encode(service.tokenizer, one) if isinstance(one, str) else one for one in given]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..request import Stream
 from ..service import Service
+from ..stream import Stream
 from .pieces import Piece
 from .tokens import chat_logprobs, completion_logprobs
 from .tracing import Tracer

@@ -17,8 +17,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram,
 from prometheus_client import Counter as Count
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..request import Chunk, ServeError, Stream
+from ..request import Chunk, ServeError
 from ..service import Service
+from ..stream import Stream
 from .caller import Key, Served
 from .described import ERRORS, HEALTH, READY
 

@@ -17,11 +17,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from ..choosing import AUTO
-from ..request import Stream
 from ..service import Service
+from ..stream import Stream
 from ..tenants.tenant import Tenant, not_found
 from ..texts import chat as chat_tokens
-from ..texts import encode
+from ..texts import encode, read
 from .caller import Caller, Served
 from .described import ANSWER, CHAT, ERRORS, MODEL, MODELS
 from .forms import Chat, Completion, Form
@@ -91,7 +91,7 @@ async def complete(body: CompletionBody, request: Request, service: Served, tena
     prompts = await _beside(length, lambda: [encode(tokenizer, p) if isinstance(p, str) else p for p in given])
 
     def text_of(prompt: Any) -> Callable[[], str]:
-        return lambda: prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        return lambda: read(tokenizer, prompt, service.engine.vocabulary)
 
     queue = _Queue(service, tenant, body, sampling)
     await queue.fill(prompts, [text_of(prompt) for prompt in given], request.app.state.waiters)

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from ..request import Base, Chunk, Mixture, ServeError, Stream, Weighted
+from ..request import Base, Chunk, Mixture, ServeError, Weighted
+from ..stream import Stream
 
 T = TypeVar("T")
 

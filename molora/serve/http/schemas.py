@@ -110,7 +110,9 @@ class Message(_Body):
         """Return the text; raise ServeError for parts of another kind."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
-        wrong = sorted({str(part.get("type")) for part in self.content if not isinstance(part.get("text"), str)})
+        # a part of another kind may have a text beside what cannot be honoured
+        wrong = sorted({str(part.get("type")) for part in self.content
+                        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str)})  # fmt: skip
         if wrong:
             raise ServeError(
                 f"a message has parts of type {', '.join(wrong)}; this server reads text", param="messages"
@@ -228,7 +230,13 @@ class FeedbackBody(_Body):
 
 
 def _biases(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
-    try:
-        return tuple((int(token), bias) for token, bias in (given or {}).items())
-    except ValueError:
-        raise ServeError("the keys of logit_bias must be token ids", param="logit_bias") from None
+    return tuple((_token(token), bias) for token, bias in (given or {}).items())
+
+
+def _token(text: str) -> int:
+    """Return a token id as JSON writes it; raise ServeError for all else that Python reads as a number."""
+    if not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 20 and str(int(text)) == text):
+        raise ServeError(
+            f"the keys of logit_bias must be token ids, such as '42', got {text[:40]!r}", param="logit_bias"
+        )
+    return int(text)

@@ -39,7 +39,13 @@ class Tracer:
         """Take a decision over."""
         # an answer's tokens come after their decisions, so nobody reads what is written here
         heard = self._heard.setdefault(decision.drawn, {})
-        heard.setdefault(decision.layer, []).append((decision.gates, decision.probs))
+        parts = heard.setdefault(decision.layer, [])
+        gates, probs = decision.gates, decision.probs
+        if len(gates) > LONGEST:  # of a long prompt only the last tokens are told; clones let go of the others
+            gates, probs = gates[-LONGEST:].clone(), probs[-LONGEST:].clone()
+        parts.append((gates, probs))
+        while len(parts) > 1 and sum(len(gates) for gates, _ in parts[1:]) >= LONGEST:
+            del parts[0]
 
     def take(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the entries of tokens that were drawn: `trace`, and with the first of them `prompt_trace`."""

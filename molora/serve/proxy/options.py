@@ -10,23 +10,25 @@ pattern: "{tenant}/{adapter}"        # how the upstream server calls an adapter;
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
-from ...errors import ConfigError, did_you_mean, raise_all
-from ..options import as_bytes
+from ...errors import ConfigError, raise_all
+from ..option_values import (
+    count_problems,
+    listening_problems,
+    read_options,
+    second_problems,
+    size_problems,
+    text_problems,
+)
 
 KEY_VARIABLE = "MOLORA_UPSTREAM_KEY"
 ADAPTER, TENANT = "{adapter}", "{tenant}"
-_SIZES = ("max_body", "max_answer")
-_PATHS = ("selector", "tenants", "database", "ca")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -83,23 +85,17 @@ class RouteOptions:
     docs: bool = True
     open_metrics: bool = False
     log_level: str = "info"
+    unknown: InitVar[Sequence[str]] = ()  # what is wrong already; told with the rest
 
-    def __post_init__(self) -> None:
-        problems = []
-        for name in _SIZES:
-            value = getattr(self, name)
-            try:
-                setattr(self, name, as_bytes(value))
-            except (ValueError, TypeError):
-                problems.append(f"{name} must be bytes or a size such as 2MiB, got {value!r}")
-        for name, least in (("answer_tokens", 1), ("retries", 0), ("connections", 1), ("port", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                problems.append(f"{name} must be a whole number from {least}, got {value!r}")
-        for name in ("timeout", "connect_timeout", "drain"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                problems.append(f"{name} must be seconds above 0, got {value!r}")
+    def __post_init__(self, unknown: Sequence[str]) -> None:
+        problems = [
+            *unknown,
+            *size_problems(self, ("max_answer",)),
+            *count_problems(self, {"answer_tokens": 1, "retries": 0, "connections": 1}),
+            *second_problems(self, ("connect_timeout",)),
+            *text_problems(self, ("selector", "ca")),
+            *listening_problems(self),
+        ]
         problems += _url_problems(self.upstream)
         problems += self._name_problems()
         if not isinstance(self.key_variable, str) or not _VARIABLE.fullmatch(self.key_variable):
@@ -139,11 +135,7 @@ class RouteOptions:
         Raises:
             ConfigError: the file cannot be read, or a key or value is wrong; all problems at once.
         """
-        told: dict[str, Any] = {} if path is None else _file(Path(path))
-        known = {one.name for one in fields(cls)}
-        unknown = [f"'{key}' is unknown{did_you_mean(str(key), known)}" for key in told if key not in known]
-        raise_all(unknown, ConfigError, f"'{path}' holds keys that are no options")
-        return cls(**{**told, **{key: value for key, value in flags.items() if value is not None}})
+        return read_options(cls, path, flags, ("selector", "tenants", "database", "ca"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as in a YAML."""
@@ -165,17 +157,3 @@ def _url_problems(url: Any) -> list[str]:
     if parts.query or parts.fragment:
         return [f"upstream must hold no '?' or '#', got {url!r}"]
     return []
-
-
-def _file(path: Path) -> dict[str, Any]:
-    try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the options in '{path}' cannot be read: {error}") from error
-    if not isinstance(told, dict):
-        raise ConfigError(f"'{path}' must hold options as `key: value`, got {type(told).__name__}")
-    for key in _PATHS:
-        value = told.get(key)
-        if isinstance(value, str) and value.startswith(("./", "../", "~")):
-            told[key] = os.path.normpath(path.parent / Path(value).expanduser())
-    return told

@@ -17,16 +17,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ...compat import MOLORA
+from ...compat.registration import MOLORA
 from ...config import MoloraConfig
 from ...errors import ConfigError, LoadError, raise_all
 from ...files import CONFIG, WEIGHTS, Contents, look, read_config
-from ...from_peft import Lora, Pair, read_lora
 from ...hub.card import CARD
 from ...hub.entry import Entry
 from ...hub.ingredients import Reader, broken, contents_of
 from ...hub.limits import Limits
 from ...hub.verify import check_folder
+from ...lora_files import Lora, Pair, read_lora
 from .mixtures import insert, needs_whole_prompt, remove, why_not_served
 from .slots import Slots, rank_of, too_large
 

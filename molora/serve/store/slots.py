@@ -21,14 +21,14 @@ from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ... import compat
+from ...compat.layers import linear_sizes_of, module_paths
 from ...config import MoloraConfig
 from ...control import routed_layers, trace_of
 from ...errors import ConfigError, raise_all
-from ...from_peft import Lora, Pair
 from ...hub.compose import target_paths
 from ...hub.writing import SlotWriter
 from ...layers import RoutedLayer
+from ...lora_files import Lora, Pair
 from ...plan import targets_of
 from ...tuner import MoloraModel
 from ...wrapping import accept_own_arguments, task_type_of
@@ -78,8 +78,8 @@ class Slots:
             )
         raise_all(problems, ConfigError, "these slots cannot be made")
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.sizes = compat.linear_sizes_of(base)
-        names = targets_of(target_paths(targets, self.sizes, base), compat.module_paths(base))
+        self.sizes = linear_sizes_of(base)
+        names = targets_of(target_paths(targets, self.sizes, base), module_paths(base))
         self.model: PeftModel = model  # type: ignore[assignment]
         self._ranks: dict[str, int] = {}
         self._writers: dict[str, SlotWriter] = {}

@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from ... import compat, fingerprint
+from ... import fingerprint
+from ...compat.layers import linear_sizes
 from ...errors import MoloraError
 from ...hub.entry import Entry
 from ...hub.limits import Limits
@@ -86,7 +87,7 @@ class AdapterStore:
         self.slots = slots if isinstance(slots, Slots) else Slots(model, slots, targets)
         self.model, self.on_change = self.slots.model, on_change
         library = hub if isinstance(hub, Hub) or hub is None else Hub(hub)
-        base = fingerprint.of_model(self.model.get_base_model(), compat.linear_sizes)[0]
+        base = fingerprint.of_model(self.model.get_base_model(), linear_sizes)[0]
         self.sources = Sources(library, self.slots, base, limits or Limits(), cpu_bytes)
         self._table = Residency({**self.slots.buckets, MIXTURES: mixtures}, cpu_bytes, remember_failure, patience)
         # its lock can be taken twice by one thread: a garbage collection may release a lease at any point

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+
+from ...subcommands import add_commands
 
 DB_HELP = "URL or file of the database (default: $MOLORA_TENANTS, or ./tenants.db)"
 
@@ -42,14 +43,7 @@ example:
 
 def add_tenants(command: argparse.ArgumentParser) -> None:
     """Add the commands of `molora tenants`."""
-    commands = command.add_subparsers(
-        dest="tenants_command",
-        metavar="COMMAND",
-        required=True,
-        parser_class=type(command),
-        help="see molora tenants COMMAND --help",
-    )
-    parts: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
+    parts = (
         ("add", _add, ADD),
         ("list", lambda command: None, LIST),
         ("rotate", _rotate, ROTATE),
@@ -57,14 +51,11 @@ def add_tenants(command: argparse.ArgumentParser) -> None:
         ("usage", _usage, USAGE),
         ("apply", _apply, APPLY),
     )
-    for name, add, text in parts:
-        one = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)
-        add(one)
-        one.add_argument("--db", metavar="URL", help=DB_HELP)
-        one.add_argument("--json", action="store_true", help="print JSON")
-        one.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+    add_commands(command, "tenants", parts, _common)
+
+
+def _common(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--db", metavar="URL", help=DB_HELP)
 
 
 def _add(command: argparse.ArgumentParser) -> None:

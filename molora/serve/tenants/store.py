@@ -211,14 +211,20 @@ class Tenants:
             row = connection.execute(select(keys).where(keys.c.id == id_of(key))).one_or_none()
             # compares something for unknown keys too, so that the time does not tell which ids exist
             is_right = opens(key, *((row.salt, row.hash) if row is not None else _NOTHING))
-            if row is None or not is_right or row.revoked is not None or (row.expires or now + 1) <= now:
+            if (
+                row is None
+                or not is_right
+                or row.revoked is not None
+                or (row.expires is not None and row.expires <= now)
+            ):
                 return None
             found = None if row.tenant is None else next(iter(_read(connection, row.tenant, only_on=True)), None)
             if row.tenant is not None and found is None:
                 return None
         with self._lock:
             if generation == self._generation:  # nothing was revoked while the database was read
-                self._known[digest] = found, min(now + self.cache, row.expires or now + self.cache)
+                until = now + self.cache if row.expires is None else min(now + self.cache, row.expires)
+                self._known[digest] = found, until
                 self._known.move_to_end(digest)
                 while len(self._known) > CACHED:
                     self._known.popitem(last=False)
