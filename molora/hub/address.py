@@ -77,7 +77,11 @@ def _repository(text: str, rest: str) -> Address:
     try:
         validate_repo_id(repo)
     except HFValidationError:
-        raise ConfigError(f"'{text}' is no address of an adapter: write owner/name, or s3://bucket/folder") from None
+        here = "; for folders of this machine there are molora hub add and molora hub get --to"
+        raise ConfigError(
+            f"'{text}' is no address of an adapter: write owner/name, or s3://bucket/folder"
+            + (here if text.startswith((".", "/", "~")) else "")
+        ) from None
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise ConfigError(f"revision {revision!r} is no branch, tag or commit")
     if any(part in ("", ".", "..") for part in folder.split("/")) and folder:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import replacing
+from ..files import CONFIG, replacing
 from ..paths import adapters_hub_dir
 from ..reports.tables import table
 from . import arithmetic_commands, gates_command, remote_commands
@@ -136,7 +136,7 @@ def list_(args: argparse.Namespace, hub: Hub) -> int:
     if args.json:
         return _print([entry.to_dict() for entry in entries])
     if not entries:
-        print(f"no adapters in {hub.where}" + (" of this kind" if any(wanted.values()) else ""))
+        print(_none(hub, {key: value for key, value in wanted.items() if value is not None}))
         return 0
     print(table(_HEADER, [_row(entry) for entry in entries], left=_LEFT))
     total, damaged = sum(entry.bytes for entry in entries), sum(bool(entry.problems) for entry in entries)
@@ -144,6 +144,20 @@ def list_(args: argparse.Namespace, hub: Hub) -> int:
     if damaged:
         print(f"{damaged} damaged; see molora hub verify")
     return 0
+
+
+def _none(hub: Hub, wanted: dict[str, str]) -> str:
+    """Return why a list is empty, and what there is."""
+    asked = ", ".join(f"{key} '{value}'" for key, value in wanted.items())
+    every = [entry for entry in hub.list() if not entry.problems]
+    if every:
+        known = {"task": {e.card.task for e in every}, "base": {e.card.base for e in every}}
+        known["kind"] = {e.kind for e in every}
+        there = "; ".join(f"{key}s there: {', '.join(sorted(known[key] - {''})) or '(none)'}" for key in wanted)
+        return f"no adapters in {hub.where} of {asked}; {there}"
+    if (hub.root / CONFIG).is_file():
+        return f"'{hub.where}' is an adapter and no library; put it into one: molora hub add {hub.where} NAME"
+    return f"no adapters in {hub.where}; molora hub add FOLDER NAME puts one there"
 
 
 _HEADER = ["adapter", "aliases", "kind", "rank", "size", "task", "base", "licence", "metrics"]
@@ -193,7 +207,7 @@ def search(args: argparse.Namespace, hub: Hub) -> int:
     if args.json:
         return _print([hit.to_dict() for hit in hits])
     if not hits:
-        print("nothing was found")
+        print(f"nothing was found in {hub.where}; molora hub list shows what is there")
         return 0
     title = {"words": "words", "deltas": "cosine", "filter": "score"}[hits[0].by]
     rows = [[str(h.entry.ref), f"{h.score:.3g}", h.entry.kind, h.entry.card.task or None, _said(h.entry)] for h in hits]

@@ -16,12 +16,14 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from .. import compat
 from ..checkpoint import FREE
+from ..compat.layers import linear_sizes_of
 from ..config import MoloraConfig, read_recipe, recipe_names
 from ..control import tuner_of
 from ..errors import ConfigError, LoadError, did_you_mean, raise_all
-from ..from_peft import Lora, Pair, mix, read_lora
+from ..files import GATES
+from ..from_peft import mix
+from ..lora_files import Lora, Pair, read_lora
 from ..posthoc import parts  # noqa: F401  (registers every router made after training)
 from ..posthoc.registry import posthoc_routers
 from ..registry import split_spec
@@ -59,6 +61,7 @@ def compose(
             LoRA, or pairs (config, tensors) as PEFT saves them; a mapping also says what the experts are called.
         router: `uniform` (all experts, equal weights), the name of a post-hoc router such as `arrow`, or
             `{name, **options}` of one; or a recipe: its name, its path, a mapping of its keys, or a MoloraConfig.
+            `phatgoose` and `glider` take the gates that lie beside the adapters when none are given.
         names: of the experts; by default those of the adapters.
         slots: how many experts there is room for; by default as many as there are adapters. One more than that lets
             experts be swapped without a request ever waiting.
@@ -84,7 +87,7 @@ def compose(
         raise ConfigError(f"compose needs a list of adapters, got {adapters!r}")
     labels = _labels(adapters, names)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    sizes = compat.linear_sizes_of(base)
+    sizes = linear_sizes_of(base)
     loras, problems = [], []
     for label, source in zip(labels, adapters, strict=True):
         try:
@@ -102,6 +105,8 @@ def compose(
             raise ConfigError(f"a mixture with this router cannot have free slots: {wrong}; leave slots= out")
         if posthoc is not None:
             name, options = posthoc
+            if "gates" in posthoc_routers.options(name) and options.get("gates") is None:
+                options = {**options, "gates": _own_gates(loras)}
             try:
                 posthoc_routers.get(name)(peft_model, adapter_name, **options)
             except TypeError as error:
@@ -152,12 +157,10 @@ def _router(router: Router) -> tuple[Any, tuple[str, dict[str, Any]] | None]:
     """Return the recipe to start from, and name and options of the post-hoc router to put in its place."""
     if router == "uniform":
         return UNIFORM, None
-    if isinstance(router, str) and router in posthoc_routers:
-        return UNIFORM, (router, {})
-    if isinstance(router, Mapping) and "name" in router:
-        name, options = split_spec(router, "router")
-        posthoc_routers.get(name)
-        return UNIFORM, (name, options)
+    is_name = isinstance(router, str) and router in posthoc_routers
+    if is_name or (isinstance(router, Mapping) and "name" in router):
+        raise_all(posthoc_routers.problems(router), ConfigError, "this router cannot be made")
+        return UNIFORM, split_spec(router, "router")
     if isinstance(router, str) and router not in recipe_names() and Path(router).suffix not in (".yaml", ".yml"):
         raise ConfigError(
             f"router '{router}' is unknown{did_you_mean(router, ['uniform', *posthoc_routers])}; or name a recipe "
@@ -170,6 +173,18 @@ def _router(router: Router) -> tuple[Any, tuple[str, dict[str, Any]] | None]:
         decides = {k: v for k, v in keys.items() if k not in ("experts", "target_modules", "exclude_modules", "layers")}
         return decides, None
     return router, None
+
+
+def _own_gates(loras: Sequence[Lora]) -> dict[str, Path]:
+    """Return the folders of adapters, each with gates of its own; ConfigError names those without."""
+    used = [lora for lora in loras if not lora.label.startswith(FREE)]
+    bare = [lora.label for lora in used if not (lora.contents.folder / GATES).is_file()]
+    if bare:
+        raise ConfigError(
+            f"this router needs gates of each adapter, and there is no {GATES} beside {', '.join(map(repr, bare))}; "
+            "make them with `molora hub train-gates`, or pass gates="
+        )
+    return {lora.label: lora.contents.folder for lora in used}
 
 
 def _labels(adapters: Sequence[Ingredient], names: Sequence[str] | None) -> list[str]:

@@ -116,6 +116,8 @@ def export(args: argparse.Namespace) -> int:
         model = load(base, contents.folder)
     if args.expert is not None:
         expert = int(args.expert) if args.expert.isdigit() else args.expert
+        if isinstance(expert, int) and expert >= (slots := live(model).slots):
+            raise ConfigError(f"there is no expert {expert}; '{args.adapter}' has 0 to {slots - 1}")
         export_peft(model, args.out, expert=expert)
         what = f"expert {args.expert}"
     else:

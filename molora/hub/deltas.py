@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import LoadError, raise_all
 from ..files import look
-from ..from_peft import Lora, read_lora
+from ..lora_files import Lora, read_lora
 
 Pair = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r) with the scale in it; float64
 

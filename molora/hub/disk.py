@@ -209,13 +209,17 @@ class Disk:
         self._make_root()
         path = self.root / f"{DRAFT}{secrets.token_hex(8)}"
         lock = FileLock(f"{path}.lock")
-        with lock:
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise ConfigError(f"the library '{self.root}' cannot be written: {error.strerror}") from None
+        try:
             path.mkdir()
-            try:
-                yield path
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
-                Path(f"{path}.lock").unlink(missing_ok=True)
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            Path(f"{path}.lock").unlink(missing_ok=True)
+            lock.release()
 
     def publish(self, draft: Path, ref: Ref) -> Path:
         """Make a filled draft a version, in one step; only inside `changing`."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import compat
 from ..checkpoint import load
+from ..compat.registration import MOLORA
 from ..control import pin
 from ..errors import ConfigError, LoadError, raise_all
 from ..from_peft import import_peft
@@ -91,7 +91,7 @@ def proof_of_effect(
     try:
         model.eval()
         plain = [_outputs(model, one) for one in inputs]
-        if verdict.kind == compat.MOLORA:
+        if verdict.kind == MOLORA:
             adapted: nn.Module = load(model, folder)
             after = [_outputs(adapted.eval(), one) for one in inputs]
         else:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..compat import MOLORA
+from ..compat.registration import MOLORA
 from ..errors import LoadError
 from ..files import CONFIG, WEIGHTS, TensorInfo, read_config, read_header
 from .card import AdapterCard, read_card

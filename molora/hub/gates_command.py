@@ -81,8 +81,9 @@ def _data(args: argparse.Namespace) -> tuple[Any, Any, int]:
 
     from ..errors import ConfigError
     from ..train.data import Collator, encode_generation
-    from ..train.models import load_base, load_config, longest, resolve_task_type
+    from ..train.models import load_base, load_config, longest
     from ..train.settings import DEFAULT_MAX_LENGTH
+    from ..train.task_types import resolve_task_type
     from ..train.tasks import load_tasks
 
     tasks = load_tasks(args.data)

@@ -111,7 +111,9 @@ class Index:
 
     def _use(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Return what `work` does with an index that is up to date."""
-        self.disk.scan()  # tells when there is no library
+        there, _ = self.disk.scan()  # tells when there is no library
+        if not there and not self.path.exists():
+            return self._in_memory(work)  # of nothing: a folder that is no library is left as it is
         try:
             return self._attempt(work)
         except sqlite3.DatabaseError:

@@ -172,7 +172,12 @@ def contents_of(
     if hub is not None and isinstance(source, str) and not Path(source).is_dir() and _is_ref(source):
         library = hub if isinstance(hub, Hub) else Hub(hub)
         return look(library.get(source).folder)
-    return look(local_folder(source))
+    try:
+        return look(local_folder(source))
+    except LoadError as error:
+        if hub is None and isinstance(source, str) and _is_ref(source):
+            raise LoadError(f"{error}; to find it in a library, say which (hub=)") from error
+        raise
 
 
 def label_of(source: Ingredient, number: int) -> str:

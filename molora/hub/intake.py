@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 
-from .. import compat, fingerprint
+from .. import fingerprint
+from ..base_weights import copy_problems, path_of_weight
 from ..checkpoint import peft_model_of, save
+from ..compat.layers import linear_sizes
+from ..compat.registration import MOLORA
 from ..errors import ConfigError, LoadError, raise_all
 from ..files import CARD as README
 from ..files import CONFIG, GATES, WEIGHTS, look
@@ -20,6 +25,7 @@ from .card import CARD, AdapterCard, hash_files, read_card
 from .plain_yaml import read_yaml
 from .verify import Limits, check_folder
 
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # task types of which PEFT always saves the head, and wants it
 KEPT = (CONFIG, WEIGHTS, README, GATES, "LICENSE", "NOTICE")  # of a folder that is added; the card is written anew
 
 
@@ -35,11 +41,11 @@ def fill(draft: Path, source: str | Path | nn.Module, adapter: str) -> nn.Module
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, draft / name)
         left = sorted(p.name for p in folder.iterdir() if p.name not in (*KEPT, CARD) and not p.name.startswith("."))
-        if left:
+        if left and (folder / CONFIG).is_file():
             warnings.warn(f"not a part of the adapter, so not added: {', '.join(left)}", stacklevel=3)
         return None
     model = next((m for m in source.modules() if isinstance(m, PeftModel)), None)
-    if model is not None and adapter in model.peft_config and model.peft_config[adapter].peft_type != compat.MOLORA:
+    if model is not None and adapter in model.peft_config and model.peft_config[adapter].peft_type != MOLORA:
         model.save_pretrained(str(draft), selected_adapters=[adapter])
         if adapter != "default":
             for path in (draft / adapter).iterdir():
@@ -67,9 +73,7 @@ def _check_own(folder: Path) -> None:
     raise_all(wrong, LoadError, f"adapter '{folder}' was not added; copy what it links to into it if you trust it")
 
 
-def make_card(
-    draft: Path, source: Any, card: Any, fields: Mapping[str, Any], base: nn.Module | None = None
-) -> AdapterCard:
+def make_card(draft: Path, source: Any, card: Any, fields: Mapping[str, Any]) -> AdapterCard:
     """Return the card of a filled draft: as given or found, with `fields` in place; base and hashes are filled in.
 
     Args:
@@ -77,7 +81,6 @@ def make_card(
         source: where they came from; a folder may hold a card, whose hashes must be right.
         card: an AdapterCard, its content, a card.yaml, or None.
         fields: of the card, in place of those in `card`.
-        base: the base model, for its fingerprint.
 
     Raises:
         ConfigError: the card cannot be used.
@@ -102,10 +105,43 @@ def make_card(
         card = card.replace(base=config["base_model_name_or_path"])
     if card.fingerprint is None and fingerprint.is_well_formed(config.get("fingerprint")):
         card = card.replace(fingerprint=config["fingerprint"])
-    if card.fingerprint is None and base is not None:
-        whole = config.get("modules_to_save")
-        card = card.replace(fingerprint=fingerprint.of_model(base, compat.linear_sizes, whole)[0])
     return card
+
+
+def with_fingerprint(card: AdapterCard, draft: Path, base: nn.Module | None) -> AdapterCard:
+    """Return the card of a filled draft with the fingerprint of its base, if that is here and it has none."""
+    if card.fingerprint is not None or base is None:
+        return card
+    whole = (look(draft).config or {}).get("modules_to_save")
+    return card.replace(fingerprint=fingerprint.of_model(base, linear_sizes, whole)[0])
+
+
+def leave_out_copies(draft: Path, base: nn.Module) -> list[str]:
+    """Take weights that are the base's own out of a LoRA in a draft; returns their names.
+
+    PEFT saves the head or the embedding beside a LoRA on it. A library has no base to compare them with later, so they
+    are left out while it is here. Where one of them differs, all stay, and `check` tells it.
+
+    Raises:
+        LoadError: it is a classifier, which PEFT does not load without its head.
+    """
+    contents = look(draft)
+    if contents.problems or (contents.config or {}).get("peft_type") != "LORA":
+        return []
+    copies = {path: name for name in contents.tensors if (path := path_of_weight(name, base)) is not None}
+    if not copies or copy_problems(copies, contents.read(), base):
+        return []
+    config, gone = dict(contents.config or {}), set(copies.values())
+    if config.get("modules_to_save") and config.get("task_type") in HEADED:
+        raise LoadError(
+            f"PEFT loads no {config['task_type']} adapter without its head ({', '.join(sorted(copies))}), and a "
+            "library keeps no weights of a base; mix it from its own folder: molora.compose(base, [folder])"
+        )
+    save_file({n: t for n, t in contents.read() if n not in gone}, draft / WEIGHTS, {"format": "pt"})
+    if config.get("modules_to_save"):
+        config["modules_to_save"] = None  # what it names is gone
+        (draft / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return sorted(gone)
 
 
 def check(folder: Path, base: nn.Module | None = None, limits: Limits | None = None) -> list[str]:

@@ -15,11 +15,11 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 
-from .. import compat
 from ..checkpoint import FREE
+from ..compat.layers import linear_sizes_of
 from ..control import routed_layers, tuner_of
 from ..errors import ConfigError, LoadError, raise_all
-from ..from_peft import Lora, read_lora
+from ..lora_files import Lora, read_lora
 from ..plan import form_of
 from .ingredients import Ingredient, Reader, contents_of
 from .requests import Closed, Requests, slot_of
@@ -58,7 +58,7 @@ class LiveMixture(Requests):
         taken = {name: slot for slot, name in enumerate(names) if not name.startswith(FREE)}
         super().__init__(tuner, adapter, slots, taken, closed)
         self._filled = {slot: set(layers) for slot in range(slots)}  # layers that may hold something of a slot
-        self._sizes = compat.linear_sizes_of(self._base)
+        self._sizes = linear_sizes_of(self._base)
         self._writer = SlotWriter(banks)
 
     def _start(self) -> None:

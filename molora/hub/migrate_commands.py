@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..subcommands import add_commands
+
 XLORA = """Make a mixture of an X-LoRA folder, as PEFT or the authors' package has written it, that computes the same.
 
 example:
@@ -37,26 +39,13 @@ positive_prompts and perhaps negative_prompts."""
 
 def add_migrate(command: argparse.ArgumentParser) -> None:
     """Add the commands of `molora migrate`."""
-    commands = command.add_subparsers(
-        dest="migrate_command",
-        metavar="COMMAND",
-        required=True,
-        parser_class=type(command),
-        help="see molora migrate COMMAND --help",
-    )
-    parts: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
+    parts = (
         ("xlora", _xlora, XLORA),
         ("moe-peft", _moe_peft, MOE_PEFT),
         ("mttl", _mttl, MTTL),
         ("mergekit", _mergekit, MERGEKIT),
     )
-    for name, add, text in parts:
-        one = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)
-        add(one)
-        one.add_argument("--json", action="store_true", help="print JSON")
-        one.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+    add_commands(command, "migrate", parts)
 
 
 def _xlora(command: argparse.ArgumentParser) -> None:

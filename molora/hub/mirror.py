@@ -7,9 +7,8 @@
 Opening it lists it: nothing else is transferred. What `list` and `search` tell comes from cards, configs and the first
 bytes of the weights, each asked for once and kept in an index; an adapter itself comes with `get`, `verify` and `diff`,
 and stays in the cache under the hashes of its files, so that it is there for every commit that holds it. Without a
-network the last listing and the cache are used, hashes checked again. Nothing is ever written there: see push.py.
-
-Adapters are <name>/<version>/, as a library is on disk; a folder without versions, or the root itself, is version 1.
+network the last listing (listing.py) and the cache are used, hashes checked again. Nothing is ever written there: see
+push.py.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +29,12 @@ from .disk import LOCK_SECONDS, STATE, Disk, State
 from .entry import Entry, read_entry
 from .intake import make_card
 from .limits import Limits
-from .names import Ref, is_version, why_not_name
-from .sources import FILES, HubSource, RemoteFile, Source, StorageSource, list_repository, list_storage
+from .listing import Listing, content_key, promised_key, recall, remember, told_key, versions_of
+from .names import Ref
+from .sources import HubSource, RemoteFile, Source, StorageSource, list_repository, list_storage
 from .transfer import Bar, cached, download, is_whole, place_of
 from .verify import check_folder
 from .web import Unreachable, Web
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a library elsewhere holds: where, the folder and a content key of each version, and what is no adapter."""
-
-    where: str
-    versions: dict[Ref, tuple[str, str]]
-    strays: list[str]
-    state: str = ""  # the text of its library.yaml
 
 
 class Mirror(Disk):
@@ -87,9 +75,9 @@ class Mirror(Disk):
         note = note.with_name(f"{note.name}.json")
         try:
             self.listing = self._list(revision)
-            self._remember(note)
+            remember(self.listing, note)
         except Unreachable as error:
-            self.listing, self.offline = _recall(note, error, root), True
+            self.listing, self.offline = recall(note, error, root), True
         key = hashlib.sha256(json.dumps([[*ref, *v] for ref, v in sorted(self.listing.versions.items())]).encode())
         place = place_of(f"library {web.endpoint} {self.listing.where} {key.hexdigest()}", cache_dir)
         place.mkdir(parents=True, exist_ok=True)
@@ -114,15 +102,13 @@ class Mirror(Disk):
         if address.repo is not None:
             commit, every = self._listed = list_repository(self.web, address, revision)
             where = f"hf://{address.repo}@{commit}" + f"/{address.folder}" * bool(address.folder)
-            keys = {path: _promised(file) for path, file in every.items()}
+            keys = {path: promised_key(file) for path, file in every.items()}
             prefix = f"{address.folder}/" if address.folder else ""
             keys = {path.removeprefix(prefix): key for path, key in keys.items() if path.startswith(prefix)}
         else:
-            where, keys = (
-                address.text,
-                {path: _told(i) for path, i in list_storage(address.text, self.options)[1].items()},
-            )
-        versions, strays = _versions(keys, address.name)
+            files = list_storage(address.text, self.options)[1]
+            where, keys = address.text, {path: told_key(info) for path, info in files.items()}
+        versions, strays = versions_of(keys, address.name)
         if not versions:
             raise LoadError(f"'{where}' holds no adapter: there is no {CONFIG} in it, nor in its folders")
         if STATE not in keys:
@@ -133,13 +119,6 @@ class Mirror(Disk):
         else:
             own = StorageSource(address.text, self.options, names=(STATE,))
         return Listing(where, versions, strays, self._small(own, STATE).decode("utf-8", "replace"))
-
-    def _remember(self, note: Path) -> None:
-        plain = asdict(self.listing) | {"versions": [[*ref, *found] for ref, found in self.listing.versions.items()]}
-        note.parent.mkdir(parents=True, exist_ok=True)
-        draft = note.with_name(f"{note.name}.{os.getpid()}")
-        draft.write_text(json.dumps(plain), encoding="utf-8")
-        os.replace(draft, note)
 
     def scan(self) -> tuple[dict[Ref, str], list[str]]:
         """Return a key of the content of every version, and what does not belong into a library."""
@@ -178,10 +157,8 @@ class Mirror(Disk):
                 if name in source.files:
                     (draft / name).write_bytes(self._small(source, name))
             if WEIGHTS in source.files:
-                with (draft / WEIGHTS).open(
-                    "wb"
-                ) as file:  # the header, and a hole as long as the rest: sizes are right
-                    file.write(_head(source))
+                with (draft / WEIGHTS).open("wb") as file:
+                    file.write(_head(source))  # and a hole as long as the rest, so that sizes are right
                     file.truncate(source.files[WEIGHTS].size)
             if CARD not in source.files:
                 (draft / CARD).write_text(_least_card(draft).to_yaml(), encoding="utf-8")
@@ -216,11 +193,10 @@ class Mirror(Disk):
         if self.address.repo is not None:
             pinned = self.listing.where.partition("@")[2].partition("/")[0]
             inside = "/".join(part for part in (self.address.folder, path) if part)
-            return HubSource(
-                self.web, Address(self.address.text, self.address.repo, pinned, inside), listed=self._listed
-            )
+            address = Address(self.address.text, self.address.repo, pinned, inside)
+            return HubSource(self.web, address, listed=self._listed)
         source = StorageSource(f"{self.address.text}/{path}".rstrip("/"), self.options)
-        if key != _key({name: _told(info) for name, info in source.infos.items()}):
+        if key != content_key({name: told_key(info) for name, info in source.infos.items()}):
             raise LoadError(f"'{ref}' of '{self.where}' has changed since the library was opened; open it again")
         return source
 
@@ -242,52 +218,6 @@ class Mirror(Disk):
         return content
 
 
-def _versions(keys: Mapping[str, str], name: str) -> tuple[dict[Ref, tuple[str, str]], list[str]]:
-    """Return folder and content key of every version, by path -> key of each file, and what is none."""
-    homes = {path.rpartition("/")[0] for path in keys if path.rpartition("/")[2] == CONFIG}
-    found, strays = dict[Ref, tuple[str, str]](), list[str]()
-    # versions first: a folder of that name beside them, or around them, is no version of its own
-    for home in sorted(homes, key=lambda home: (-home.count("/") if home else 1, home)):
-        parts = [*home.split("/")] if home else []
-        numbered = bool(parts) and is_version(parts[-1])
-        own = (parts[:-1] if numbered else parts) or [name]
-        ref, problem = Ref(own[0], int(parts[-1]) if numbered else 1), why_not_name(own[0])
-        if len(own) > 1:
-            problem = "a library holds <name>/<version>/, not folders of folders"
-        elif problem is None and ref in found:
-            problem = f"'{found[ref][0]}' is {ref} already"
-        if problem is not None:
-            strays.append(f"folder '{home}': {problem}")
-            continue
-        prefix = f"{home}/" if home else ""
-        found[ref] = home, _key({file: keys[prefix + file] for file in FILES if prefix + file in keys})
-    return found, strays
-
-
-def _key(files: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
-
-
-def _promised(file: Mapping[str, Any]) -> str:
-    lfs = file.get("lfs") if isinstance(file.get("lfs"), dict) else {}
-    return f"{lfs.get('sha256') or file.get('blobId')}"
-
-
-def _told(info: Mapping[str, Any]) -> str:
-    """Return what a file system tells about the content of a file."""
-    marks = ("size", "ETag", "etag", "md5Hash", "content_settings", "LastModified", "last_modified", "mtime", "created")
-    return json.dumps([str(info.get(mark)) for mark in marks])
-
-
-def _recall(note: Path, error: Unreachable, root: str) -> Listing:
-    try:
-        plain = json.loads(note.read_text(encoding="utf-8"))
-        versions = {Ref(str(n), int(v)): (str(path), str(key)) for n, v, path, key in plain["versions"]}
-        return Listing(str(plain["where"]), versions, [str(s) for s in plain["strays"]], str(plain["state"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise LoadError(f"{error}; and the library '{root}' was not read before, so nothing of it is here") from error
-
-
 def _head(source: Source) -> bytes:
     """Return the header of the weights with its length, or the little that there is."""
     content = b""
@@ -296,9 +226,7 @@ def _head(source: Source) -> bytes:
             content += block
             length = int.from_bytes(content[:8], "little")
             if len(content) >= 8 and (length > Limits().header or len(content) >= 8 + length):
-                return content[
-                    : 8 + min(length, Limits().header)
-                ]  # if it is cut, `read_header` says that it is hostile
+                return content[: 8 + min(length, Limits().header)]  # of one that is cut `read_header` says: hostile
     return content
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
+from ..subcommands import add_commands
 from .arithmetic_commands import (
     AVERAGE,
     CLUSTER,
@@ -70,14 +70,7 @@ example:
 
 def add_hub(command: argparse.ArgumentParser) -> None:
     """Add the commands of `molora hub`."""
-    commands = command.add_subparsers(
-        dest="hub_command",
-        metavar="COMMAND",
-        required=True,
-        parser_class=type(command),
-        help="see molora hub COMMAND --help",
-    )
-    parts: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
+    parts = (
         ("add", _add, ADD),
         ("get", _get, GET),
         ("list", _list, LIST),
@@ -96,14 +89,11 @@ def add_hub(command: argparse.ArgumentParser) -> None:
         ("similarity", add_similarity, SIMILARITY),
         ("cluster", add_cluster, CLUSTER),
     )
-    for name, add, text in parts:
-        one = commands.add_parser(name, help=text.partition(".")[0].replace("\n", " "), description=text)
-        add(one)
-        one.add_argument("--root", metavar="DIR", help=ROOT_HELP)
-        one.add_argument("--json", action="store_true", help="print JSON")
-        one.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+    add_commands(command, "hub", parts, _common)
+
+
+def _common(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--root", metavar="DIR", help=ROOT_HELP)
 
 
 def _add(command: argparse.ArgumentParser) -> None:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from ..compat.caches import tokens_in_cache
+from ..compat.models import encoder_of
 from ..errors import ConfigError, RoutingError, did_you_mean
 from ..routing.edit import Edit
 from .leases import Lease, Leases, Table
@@ -216,7 +217,7 @@ class Requests:
     # --- around every forward ---------------------------------------------------------------------------------------
 
     def _watch(self) -> list[Any]:
-        encoder, handles = compat.encoder_of(self._base), []
+        encoder, handles = encoder_of(self._base), []
         for module in [self._base] + ([encoder[1]] if encoder else []):
             # before the hooks that open a pass of the trace, and after those that close it
             handles.append(module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
@@ -251,7 +252,7 @@ class Requests:
             self._end(turn, None)  # that forward was interrupted in a way that runs no hooks
         cache = self._tuner.hooks.arguments.get(args, kwargs, "past_key_values", "cache_params")
         request = self._own()
-        if request is None and compat.tokens_in_cache(cache) > 0:  # an emptied cache begins another request
+        if request is None and tokens_in_cache(cache) > 0:  # an emptied cache begins another request
             request = self._by_cache.get(cache)
         fresh = request is None
         if request is None:

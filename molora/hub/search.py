@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from ..compat.layers import linear_sizes
 from ..errors import ConfigError, LoadError
 from ..fingerprint import differences, of_model
 from .deltas import cosine, read_deltas
@@ -123,7 +123,7 @@ def _fits(entry: Entry, task: str | None, kind: str | None) -> bool:
 def _of_base(entries: Sequence[Entry], base: str | nn.Module) -> list[Entry]:
     if isinstance(base, str):
         return [entry for entry in entries if _same_name(entry.card.base, base)]
-    mine, weights = of_model(base, compat.linear_sizes)
+    mine, weights = of_model(base, linear_sizes)
     name = getattr(getattr(base, "config", None), "_name_or_path", "") or ""
     return [
         entry

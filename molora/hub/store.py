@@ -12,6 +12,7 @@ Everything that is added is checked first (verify.py). How it is kept whole on d
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,13 +23,13 @@ from torch import nn
 
 from ..errors import ConfigError, LoadError, did_you_mean, raise_all
 from .address import is_address
-from .card import CARD, AdapterCard
+from .card import CARD, AdapterCard, hash_files
 from .compare import Difference, compare
 from .disk import LOCK_SECONDS, Disk
 from .effect import Probe, proof_of_effect
 from .entry import Entry, newest
 from .index import Index
-from .intake import check, fill, make_card
+from .intake import check, fill, leave_out_copies, make_card, with_fingerprint
 from .limits import Limits
 from .mirror import Mirror
 from .names import Ref, check_name, is_version, parse
@@ -190,7 +191,7 @@ class Hub:
                     strays.append(f"alias '{alias}' hides the adapter of that name")
         except LoadError as error:
             strays.append(str(error))
-        if self.disk.can_be_written():
+        if stamps and self.disk.can_be_written():
             self.index.rebuild()
         return result | ({Ref(""): strays} if strays else {})
 
@@ -231,7 +232,8 @@ class Hub:
             version: its number; by default the next one. A number that was removed is not given again.
             alias: also let this alias stand for the new version.
             adapter: of a model, which of its adapters.
-            base_model: which the adapter must fit, and whose fingerprint goes into the card.
+            base_model: which the adapter must fit, and whose fingerprint goes into the card. Weights that PEFT saved
+                beside a LoRA and that are this base's own to the last bit are left out.
             probes: inputs on which the adapter must change what `base_model` answers; see `molora.hub.effect`.
             tokenize: for probes that are texts.
             limits: of `molora.hub.verify`.
@@ -252,7 +254,12 @@ class Hub:
             raise ConfigError(f"version must be a whole number from 1, got {version!r}")
         with self.disk.draft() as draft:
             own_base = fill(draft, source, adapter)
-            ready = make_card(draft, source, card, fields, base_model if base_model is not None else own_base)
+            ready = make_card(draft, source, card, fields)
+            gone = leave_out_copies(draft, base_model) if base_model is not None else []
+            if gone:
+                ready = ready.replace(files=hash_files(draft))
+                warnings.warn(f"left out, since the base has the same: {', '.join(gone)}", stacklevel=2)
+            ready = with_fingerprint(ready, draft, base_model if base_model is not None else own_base)
             (draft / CARD).write_text(ready.to_yaml(), encoding="utf-8")
             raise_all(check(draft, base_model, limits), LoadError, f"adapter '{name}' was not added")
             if probes:
@@ -277,6 +284,7 @@ class Hub:
         """Let an alias stand for an adapter (always its newest version) or for one version; returns the target."""
         self.disk.require_local("given another name")
         check_name(alias, "alias")
+        self.disk.scan()  # tells when there is no library; none is made for this
         with self.disk.changing():
             target, state = parse(ref), self.disk.state()
             resolved = self.resolve(target)
@@ -296,6 +304,7 @@ class Hub:
             ConfigError: there is no such adapter, `name` has several versions, or an alias stands for it.
         """
         self.disk.require_local("removed")
+        self.disk.scan()  # tells when there is no library; none is made for this
         with self.disk.changing():
             self.disk.tidy()
             wanted, state = parse(ref), self.disk.state()
@@ -308,7 +317,8 @@ class Hub:
             if wanted.version is None and len(versions) > 1 and not all_versions:
                 numbers = ", ".join(map(str, versions))
                 raise ConfigError(
-                    f"adapter '{wanted}' has versions {numbers}; name one, such as {wanted}@{versions[0]}, or take all"
+                    f"adapter '{wanted}' has versions {numbers}; name one, such as {wanted}@{versions[0]}, or remove "
+                    "all of them (--all-versions)"
                 )
             doomed = [Ref(resolved.name, v) for v in versions if wanted.version in (None, v)]
             last = len(doomed) == len(versions)

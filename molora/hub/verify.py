@@ -18,13 +18,16 @@ from typing import Any
 from peft import get_peft_model
 from torch import nn
 
-from .. import compat, fingerprint
+from .. import fingerprint
+from ..base_weights import path_of_weight
 from ..checkpoint import misfits
+from ..compat.layers import linear_sizes, linear_sizes_of
+from ..compat.registration import MOLORA
 from ..config import MoloraConfig
 from ..errors import LoadError, MoloraError, raise_all
 from ..files import CONFIG, WEIGHTS, Contents, TensorInfo, not_finite, read_config, read_header
-from ..from_peft import lora_problems
 from ..headers import shown
+from ..lora_files import lora_problems
 from ..plan import why_not_pattern
 from .card import CARD, AdapterCard, hash_file, read_card
 from .limits import Limits, size_problems, why_not_file
@@ -101,7 +104,7 @@ def check_folder(
         return verdict
     others = [name for name in verdict.sizes if name.endswith(".safetensors") and name != WEIGHTS]
     files = {WEIGHTS: contents.tensors} | {name: _header(verdict, name, limits) for name in others}
-    allowed = limits.dtypes | (_STATE if contents.config.get("peft_type") == compat.MOLORA else frozenset())
+    allowed = limits.dtypes | (_STATE if contents.config.get("peft_type") == MOLORA else frozenset())
     for file, tensors in files.items():
         wrong = {name: info.dtype for name, info in tensors.items() if info.dtype not in allowed}
         verdict.problems += [f"tensor '{n}' has dtype {d}; allowed: {_listed(allowed)}" for n, d in wrong.items()]
@@ -183,12 +186,13 @@ def _check_content(verdict: Verdict, base: Any, limits: Limits) -> None:
     assert contents is not None and contents.config is not None
     model = base if isinstance(base, nn.Module) else None
     verdict.problems += [f"config: {p}" for p in _wild(contents.config, limits)]
-    if contents.config.get("peft_type") != compat.MOLORA:
-        sizes = None if model is None else compat.linear_sizes_of(model)
-        problems, verdict.rank = lora_problems(contents, sizes)
+    if contents.config.get("peft_type") != MOLORA:
+        sizes = None if model is None else linear_sizes_of(model)
+        problems, verdict.rank = lora_problems(contents, sizes, model)
         verdict.problems += problems
-        if sizes is not None:
-            verdict.unmatched = tuple(name for name in contents.tensors if not _has_place(name, sizes))
+        if model is not None and sizes is not None:
+            places = {name: _has_place(name, sizes) or path_of_weight(name, model) for name in contents.tensors}
+            verdict.unmatched = tuple(name for name, place in places.items() if not place)
         if verdict.rank > limits.rank:
             verdict.problems.append(f"its rank is {verdict.rank:,}, {limits.rank:,} is allowed")
         _compare_base(verdict, base, verdict.card and verdict.card.fingerprint, contents.config)
@@ -252,7 +256,7 @@ def _compare_base(verdict: Verdict, base: Any, saved: Any, config: Mapping[str, 
         verdict.notes.append("it does not say which weights its base had, so only the shapes can be compared")
     elif isinstance(base, nn.Module):
         tensors = verdict.contents.tensors if verdict.contents else {}
-        mine, weights = fingerprint.of_model(base, compat.linear_sizes, config.get("modules_to_save"))
+        mine, weights = fingerprint.of_model(base, linear_sizes, config.get("modules_to_save"))
         brought = {name.removeprefix("base_model.model.") for name in tensors}
         weights = {name: weight for name, weight in weights.items() if name not in brought}
         verdict.problems += fingerprint.differences(saved, mine, weights)

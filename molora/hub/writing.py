@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..experts.bank import ExpertBank
-from ..from_peft import Pair
+from ..lora_files import Pair
 
 
 class _View(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ from ..control import tuner_of, using
 from ..errors import ConfigError, raise_all
 from ..registry import split_spec
 from .base import install, slots_of
-from .gates import Gates
-from .phatgoose import fill_gates, gates_by_slot
+from .phatgoose import GivenGates, fill_gates, gates_by_slot
 from .prompts import Embedder, cosines, embedded
 from .registry import posthoc_routers
 from .rerouting import expert_names, routers_of
@@ -32,7 +30,7 @@ def build(
     model: nn.Module,
     adapter: str = "default",
     *,
-    gates: Mapping[int | str, Gates | str | Path] | Sequence[Gates | str | Path | None],
+    gates: GivenGates | None = None,
     descriptions: Mapping[int | str, str] | Sequence[str],
     gamma: float = 3.0,
     sure: float | None = None,

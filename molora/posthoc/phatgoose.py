@@ -27,6 +27,7 @@ from .gates import Gates, load_gates
 from .registry import posthoc_routers
 from .rerouting import expert_names, routers_of, sites_of
 
+GivenGates = Mapping[int | str, Gates | str | Path] | Sequence[Gates | str | Path | None]
 _ALONE = "phatgoose_stage_2"
 # one expert, gated by sigmoid(h v) with v = 0 at first
 _STAGE_2 = {"scorer": {"name": "linear", "init": 0.0}, "link": "sigmoid", "selector": "softmax"}
@@ -143,15 +144,15 @@ def _endless(batches: Iterable[Mapping[str, Any]]) -> Any:
             raise ConfigError("the batches ended before the last step; give a list, or an iterable that starts again")
 
 
-def gates_by_slot(
-    model: nn.Module, gates: Mapping[int | str, Gates | str | Path] | Sequence[Gates | str | Path | None], adapter: str
-) -> list[Gates | None]:
+def gates_by_slot(model: nn.Module, gates: GivenGates | None, adapter: str) -> list[Gates | None]:
     """Return the gates of each expert, read from files where paths are given; None for those without.
 
     Raises:
         ConfigError, LoadError: unknown experts, gates that do not fit, or layers where no expert has one.
     """
     names, sizes = expert_names(model, adapter), {p: layer.d_in for p, layer in routed_layers(model, adapter).items()}
+    if gates is None:
+        raise ConfigError("this router needs gates= of the experts: what train_gates returns, or the folders it is in")
     found: list[Gates | None] = [None] * len(names)
     problems = []
     given = gates if isinstance(gates, Mapping) else {slot: one for slot, one in enumerate(gates) if one is not None}
@@ -180,7 +181,7 @@ def build(
     model: nn.Module,
     adapter: str = "default",
     *,
-    gates: Mapping[int | str, Gates | str | Path] | Sequence[Gates | str | Path | None],
+    gates: GivenGates | None = None,
     top_k: int = 2,
 ) -> nn.Module:
     """Route a mixture by gates that were trained per expert (stage 3).
@@ -189,7 +190,8 @@ def build(
         model: a wrapped model.
         adapter: the name of the mixture.
         gates: of each expert, by number or name, or a list with None for those without: what `train_gates` returns,
-            or the folder or file that holds it. Experts without gates are never chosen.
+            or the folder or file that holds it. Experts without gates are never chosen. None: `molora.compose` takes
+            those beside the adapters; without it there is no place to look.
         top_k: how many experts act per token, at most all.
 
     Returns:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compat import generates, is_encoder_decoder
+from ..compat.models import generates, is_encoder_decoder
 from ..errors import ConfigError
 
 Batch = Mapping[str, Any]  # arguments of the model's forward

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..compat import is_encoder_decoder
+from ..compat.models import is_encoder_decoder
 from ..control import tuner_of
 from ..errors import ConfigError, raise_all
 from .rerouting import expert_names, posthoc_routers, reroute

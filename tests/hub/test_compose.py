@@ -113,6 +113,12 @@ def test_adapters_come_from_a_library_by_name(loras, tmp_path):
         assert close(logits(model), peft_says(loras[0]))
 
 
+def test_a_name_without_its_library_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoadError, match=r"there is no folder 'law@2'.*; to find it in a library, say which \(hub=\)"):
+        compose(tiny_llama(), ["law@2"])
+
+
 def test_gpt2_whose_weights_are_transposed(tmp_path):
     folder = peft_lora(tmp_path / "a", build=tiny_gpt2, target_modules=["c_attn", "c_fc"])
     model = compose(tiny_gpt2(), {"one": folder}, slots=2).eval()

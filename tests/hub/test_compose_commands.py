@@ -8,9 +8,10 @@ from peft import PeftModel
 
 import molora
 from molora.cli import main
+from molora.control import routed_layers
 from molora.hub.compose import live
 from molora.hub.compose_commands import add_compose, add_export
-from tests.adapters import logits
+from tests.adapters import CONFIG, logits
 from tests.test_interchange import peft_lora, peft_says
 from tests.tiny import save_tiny, tiny_llama
 
@@ -64,6 +65,16 @@ def logits_of(folder):
         (["compose", "--model", "{base}", "{news}", "{news}", "--out", "x"], "two adapters are called 'news'"),
         (["compose", "--model", "{base}", "{news}", "--router", "arow", "--out", "x"], "did you mean 'arrow'"),
         (["compose", "--model", "{base}", "{news}", "--option", "k", "--out", "x"], "'k' is not KEY=VALUE"),
+        (
+            ["compose", "--model", "{base}", "{news}", "--router", "arrow", "--option", "topk=1", "--out", "x"],
+            "posthoc router 'arrow' has no option 'topk'; did you mean 'top_k'?",
+        ),
+        (
+            ["compose", "--model", "{base}", "{news}", "--router", "retrieval", "--out", "x"],
+            "posthoc router 'retrieval' needs the option 'embed'",
+        ),
+        (["compose", "--model", "{base}", "{base}", "--out", "x"], "is no adapter: adapter_config.json is missing"),
+        (["export", "{mixed}", "--expert", "9", "--model", "{base}", "--out", "x"], "there is no expert 9; '"),
         (["compose", "--model", "./nowhere", "{news}", "--out", "x"], "model folder './nowhere' does not exist"),
         (["compose", "--model", "{base}", "--out", "x"], "molora compose --help"),
         (["export", "{news}", "--out", "x"], "give either --expert NAME, or --weight"),
@@ -76,11 +87,26 @@ def logits_of(folder):
 )
 def test_mistakes_are_one_line_and_exit_2(here, arguments, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    places = {"base": here / "model", "news": here / "news"}
+    places = {"base": here / "model", "news": here / "news", "mixed": here / "one"}
+    if "{mixed}" in arguments:
+        main(["compose", "--model", str(here / "model"), str(here / "news"), "--out", str(here / "one")])
+        capsys.readouterr()
     assert main([text.format(**places) for text in arguments]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_lora_that_names_no_task_finds_the_model_it_is_on(here, capsys):
+    """The bare model has no layer of that name; the whole one, as the base's config says, has."""
+    folder = peft_lora(here / "no task", 3)
+    bare = peft_lora(here / "bare", 4, lambda: tiny_llama().model)
+    for source, build in ((folder, tiny_llama), (bare, lambda: tiny_llama().model)):
+        assert json.loads((source / CONFIG).read_text())["task_type"] is None
+        out = str(here / f"of {source.name}")
+        assert main(["compose", "--model", str(here / "model"), str(source), "--out", out]) == 0
+        assert "1 experts in 2 layers" in capsys.readouterr().out
+        assert len(routed_layers(molora.load(build(), out))) == 2
 
 
 @pytest.mark.parametrize("command", ["compose", "export"])

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import molora
-from molora import compat
+from molora.compat.layers import linear_sizes
 from molora.errors import ConfigError, LoadError
 from molora.fingerprint import of_model
 from molora.hub.card import CARD, AdapterCard, hash_file
@@ -168,7 +168,7 @@ def test_a_plain_lora_from_a_model(hub, adapter):
     entry = hub.add(model, "plain", adapter=adapter)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), entry.folder)), logits(model))
     # the fingerprint is that of the base, although LoRAs are in it
-    assert entry.card.fingerprint == of_model(tiny_llama(), compat.linear_sizes)[0]
+    assert entry.card.fingerprint == of_model(tiny_llama(), linear_sizes)[0]
 
 
 def test_a_folder_with_its_base(hub, source):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import molora
 from molora import ConfigError, LoadError, fingerprint
-from molora.compat import linear_sizes
+from molora.compat.layers import linear_sizes
 from molora.hub.card import AdapterCard, hash_files
 from molora.hub.effect import proof_of_effect
 from molora.hub.limits import Limits

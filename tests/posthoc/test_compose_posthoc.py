@@ -1,5 +1,7 @@
 """The routers without joint training through molora.compose, molora.posthoc.route and a live mixture."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import molora
 from molora.errors import ConfigError
 from molora.posthoc import describing, prompted, route, train_gates
 from molora.posthoc.arrow import build as arrow
+from molora.posthoc.gates import save_gates
 from molora.posthoc.registry import posthoc_routers
 from tests.posthoc.library import library
 from tests.posthoc.test_phatgoose import random_gates
@@ -108,6 +111,27 @@ def test_gates_of_an_expert_in_a_mixture_route_that_mixture(folders):
     assert all((routing.gates[..., 1] == 0).all() for routing in log.values())
 
 
+def test_gates_beside_the_adapters_are_found(folders, tmp_path):
+    data = [{**batch(), "labels": batch()["input_ids"]}]
+    gates = {folder.name: train_gates(tiny_llama(), folder, data, steps=3) for folder in folders}
+    with pytest.raises(ConfigError, match=r"no molora_gates\.safetensors beside 'lora0', 'lora1', 'lora2'"):
+        molora.compose(tiny_llama(), folders, router="phatgoose")
+    hub = molora.Hub(tmp_path / "hub")
+    for folder in folders:
+        copy = tmp_path / "with gates" / folder.name
+        shutil.copytree(folder, copy)
+        save_gates(gates[folder.name], copy)
+        hub.add(copy, folder.name)
+    given = molora.compose(tiny_llama(), folders, router={"name": "phatgoose", "gates": gates}).eval()
+    for router in ("phatgoose", {"name": "phatgoose", "top_k": 2}):
+        found = molora.compose(tiny_llama(), [folder.name for folder in folders], router=router, hub=hub, slots=4)
+        torch.testing.assert_close(logits(found.eval()), logits(given), atol=1e-6, rtol=1e-6)  # a slot more
+    # those that are given win
+    other = {name: {path: -vector for path, vector in own.items()} for name, own in gates.items()}
+    model = molora.compose(tiny_llama(), list(gates), router={"name": "phatgoose", "gates": other}, hub=hub).eval()
+    assert not torch.allclose(logits(model), logits(given), atol=1e-4)
+
+
 def test_a_second_router_leaves_nothing_of_the_first(folders):
     model = molora.import_peft(tiny_llama(), folders)
     options = options_of(folders)
@@ -164,7 +188,7 @@ def test_wrong_options_are_said(folders):
         route(model, "arow")
     with pytest.raises(ConfigError, match="no option 'topk'; did you mean 'top_k'"):
         route(model, "arrow", topk=2)
-    with pytest.raises(ConfigError, match="needs the option 'gates'"):
+    with pytest.raises(ConfigError, match=r"needs gates= of the experts"):
         route(model, "phatgoose")
     shared = molora.wrap(tiny_llama(), {"experts": {"num": 2, "rank": 2, "shared": 1}})
     with pytest.raises(ConfigError, match="has shared experts"):

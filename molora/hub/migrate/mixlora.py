@@ -27,7 +27,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ... import compat
+from ...compat.layers import linear_sizes_of, module_paths
 from ...control import routed_layers
 from ...errors import LoadError, raise_all
 from ...files import CONFIG, read_config
@@ -73,7 +73,7 @@ def from_mixlora(model: nn.Module, folder: str | Path, *, adapter_name: str = "d
     config = read_config(folder / CONFIG)
     problems = _config_problems(config, model)
     raise_all(problems, LoadError, f"the checkpoint '{folder}' is no MixLoRA that molora knows")
-    sizes, num = compat.linear_sizes_of(model), config["num_experts"]
+    sizes, num = linear_sizes_of(model), config["num_experts"]
     inside = {(m["part"], int(m["block"]), m["layer"]): path for path in sizes if (m := _BLOCK.match(path))}
     found = _sorted(read_tensors(folder / PICKLE), problems)
     own, shared = {**config, **(config.get("expert_lora") or {})}, config
@@ -121,7 +121,7 @@ def _filled(
         model,
         "mixlora",
         adapter_name=adapter,
-        target_modules=targets_of(wanted, compat.module_paths(model)),
+        target_modules=targets_of(wanted, module_paths(model)),
         experts=experts,
         layers=[{"match": regex_of(attention), "experts": ranks}] if attention else [],
         selector={"k": own.get("top_k", 2)},

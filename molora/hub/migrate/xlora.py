@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ...errors import LoadError, raise_all
 from ...files import CONFIG, WEIGHTS, look, read_config, read_header
-from ...from_peft import import_peft, lora_problems
+from ...from_peft import import_peft
+from ...lora_files import lora_problems
 from ...posthoc.rerouting import routers_of
 from ...posthoc.xlora import build
 from ...undo import undone_on_error
