@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from . import _quiet  # noqa: F401  (first, before anything imports bitsandbytes)
 from .checkpoint import load, save
 from .config import MoloraConfig
 from .config import recipe_names as recipes

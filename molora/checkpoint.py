@@ -19,13 +19,16 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from . import compat
+from .adapter_names import check_adapter_name
+from .compat.layers import linear_sizes
+from .compat.models import embeddings_of
+from .compat.registration import MOLORA
 from .config import MoloraConfig
 from .errors import ConfigError, LoadError, MoloraError, raise_all
 from .files import CARD, Contents, TensorInfo, local_folder, look, mention_molora, replacing
 from .fingerprint import differences, of_model
 from .layers import RoutedLayer
-from .tuner import MoloraModel, check_adapter_name
+from .tuner import MoloraModel
 from .undo import undone_on_error
 from .wrapping import accept_own_arguments
 
@@ -112,7 +115,7 @@ def load(
     config = _config_of(contents)
     if config is not None:
         config.inference_mode = not is_trainable
-        mine, weights = of_model(base, compat.linear_sizes, config.modules_to_save)
+        mine, weights = of_model(base, linear_sizes, config.modules_to_save)
         brought = {name.removeprefix("base_model.model.") for name in contents.tensors}  # such as resized embeddings
         weights = {name: weight for name, weight in weights.items() if name not in brought}
         if config.fingerprint is not None:
@@ -166,7 +169,7 @@ def _config_of(contents: Contents) -> MoloraConfig | None:
     if contents.config is None:
         return None
     kind = contents.config.get("peft_type")
-    if kind != compat.MOLORA:
+    if kind != MOLORA:
         what = (
             "a plain LoRA: make an expert of it with molora.import_peft(model, [path])"
             if kind == "LORA"
@@ -215,7 +218,7 @@ def misfits(peft_model: PeftModel, adapter_name: str, tensors: Mapping[str, Tens
     """Return how the tensors of a file differ from those that saving this adapter would write."""
     expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
     # PEFT also saves the embeddings of a base whose vocabulary was resized; they replace the base's own.
-    embeddings = compat.embeddings_of(peft_model)
+    embeddings = embeddings_of(peft_model)
     expected.update({key: embeddings[key] for key in tensors.keys() & embeddings.keys()})
     found = [f"tensor '{key}' is missing" for key in sorted(expected.keys() - tensors.keys())]
     found += [f"tensor '{key}' is unexpected" for key in sorted(tensors.keys() - expected.keys())]

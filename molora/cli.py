@@ -126,9 +126,21 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+class Version(argparse.Action):
+    """Prints the version of the installed package; looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Print it and leave."""
+        from importlib.metadata import version
+
+        print(f"molora {version('molora')}")
+        parser.exit()
+
+
 def build_parser() -> Parser:
     """Return the parser of all commands."""
     parser = Parser(prog="molora", description="Routed LoRA experts: train, evaluate, look inside.")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, add, text in (
         ("train", _train, TRAIN),

@@ -6,17 +6,14 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 import warnings
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
-from .config import read_recipe, recipe_names
+from .config import recipe_names
 from .errors import ConfigError, LoadError
-from .paths import recipes_dir
-from .registry import Registry
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +66,8 @@ def train(args: argparse.Namespace) -> int:
     if not talks:
         return 0
     print(
-        f"{result.steps} steps in {result.seconds:.1f} s; {result.trainable:,} of {result.total:,} parameters trained"
+        f"{result.steps} step{'s' * (result.steps != 1)} in {result.seconds:.1f} s; "
+        f"{result.trainable:,} of {result.total:,} parameters trained"
         + ("" if result.train_loss is None else f"; mean training loss {result.train_loss:.4f}")
     )
     if result.metrics:
@@ -167,6 +165,7 @@ def _usage_json(usage: Any, task: str | None, origin: str) -> dict[str, Any]:
 
 def recipes(args: argparse.Namespace) -> int:
     """List recipes or components."""
+    from .listing import components, recipe_facts
     from .reports.tables import table
 
     if args.components:
@@ -190,48 +189,6 @@ def recipes(args: argparse.Namespace) -> int:
             )
         )
     return 0
-
-
-def recipe_facts(name: str) -> dict[str, Any]:
-    """Return name, one line and arXiv id of a recipe, from the header of its YAML."""
-    path = recipes_dir() / f"{name}.yaml"
-    header = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        header.append(line[1:].strip())
-    read_recipe(name)  # a listed recipe can be read
-    start = " ".join(header[: header.index("")] if "" in header else header[:1])
-    paper = re.search(r"arXiv (\d{4}\.\d{4,5})", " ".join(header))
-    return {"name": name, "what": start, "arxiv": paper[1] if paper else None, "path": str(path)}
-
-
-def components() -> dict[str, list[dict[str, Any]]]:
-    """Return every registered component by kind: name, first line of its docstring, options with their defaults."""
-    from .experts.forms import forms
-    from .routing.controllers import controllers
-    from .routing.entropy import entropies
-    from .routing.features import features
-    from .routing.links import links
-    from .routing.losses import losses
-    from .routing.objectives import objectives
-    from .routing.price import prices
-    from .routing.router import pools
-    from .routing.schedules import schedules
-    from .routing.scorers import scorers
-    from .routing.selectors import selectors
-
-    routing: list[Registry] = [features, scorers, links, selectors, prices, pools, losses, objectives]
-    registries = [forms, *routing, schedules, controllers, entropies]
-    return {registry.kind: [_component(registry, name) for name in registry] for registry in registries}
-
-
-def _component(registry: Registry, name: str) -> dict[str, Any]:
-    options = []
-    for key, parameter in registry.options(name).items():
-        required = parameter.default is parameter.empty
-        options.append(key if required else f"{key}={json.dumps(parameter.default)}")
-    return {"name": name, "summary": registry.summary(name), "options": options}
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

@@ -17,53 +17,16 @@ from typing import Any
 import yaml
 from peft import PeftConfig
 
-from .compat import MOLORA
+from .compat.registration import MOLORA
+from .config_checks import EXPERTS, problems_of
 from .errors import ConfigError, LoadError, did_you_mean, raise_all
-from .experts.bank import FORMS
-from .experts.forms import form_problems, forms
-from .experts.pool import POOLS
 from .files import CARD, finish, mention_molora
 from .paths import recipes_dir
-from .plan import profile_problems
 from .registry import Spec, split_spec
-from .routing import parts  # noqa: F401  (registers every part)
-from .routing.branches import KEYS as BRANCH_KEYS
-from .routing.branches import check_branches
-from .routing.features import features, listed
-from .routing.links import links
-from .routing.losses import check_loss
-from .routing.objectives import check_objective, objectives
-from .routing.price import check_price
-from .routing.router import GRANULARITIES, SHARED_GATES, WEIGHTS, pools
-from .routing.schedules import build_schedule, is_schedule
+from .routing.schedules import is_schedule
 from .routing.scorers import scorers
-from .routing.selectors import selectors
 
 FORMAT_VERSION = 1
-SHARES = ("site", "group", "block", "model")
-
-# Forms that arrange LoRAs over several layers: `module` makes each wrapped layer of a transformer block one expert
-# (MiLoRA); with `block` an expert is a whole MLP, and other layers have one LoRA each (MixLoRA).
-ARRANGED = ("module", "block")
-
-# The keys of `experts` and their defaults.
-EXPERTS: dict[str, Any] = {
-    "form": "lora",
-    "num": 8,
-    "rank": 8,
-    "alpha": 16,
-    "scaling": None,
-    "rslora": False,
-    "dropout": 0.0,
-    "frozen": [],
-    "init": "kaiming",
-    "names": None,
-    "null": 0,
-    "shared": 0,
-    "shared_gate": "none",
-    "shared_weight": 1.0,
-    "pool": "none",
-}
 
 
 @dataclass
@@ -146,80 +109,7 @@ class MoloraConfig(PeftConfig):
 
     def problems(self) -> list[str]:
         """Return everything that is wrong with this configuration, without a model."""
-        found = _expert_problems(self.experts, "experts", partial=False)
-        for kind, registry in (("scorer", scorers), ("link", links), ("selector", selectors), ("pool", pools)):
-            found += registry.problems(getattr(self, kind)) + _schedule_problems(getattr(self, kind), kind)
-        found += check_branches(self.branches, self.mix, {key: getattr(self, key) for key in BRANCH_KEYS})
-        found += check_objective(self.objective) + _schedule_problems(self.objective, "objective")
-        found += check_price(self.price)
-        for feature in listed(self.feature):
-            found += features.problems(feature) + _schedule_problems(feature, "feature")
-        if self.weights not in WEIGHTS:
-            found.append(f"weights '{self.weights}' is unknown{did_you_mean(str(self.weights), WEIGHTS)}")
-        lists = {}
-        for key in ("losses", "layers"):
-            given = getattr(self, key)
-            lists[key] = given if isinstance(given, (list, tuple)) else []
-            if not isinstance(given, (list, tuple)):
-                found.append(f"{key} must be a list, got {given!r}")
-        for loss in lists["losses"]:
-            found += check_loss(loss)
-        if self.granularity not in GRANULARITIES:
-            found.append(f"granularity '{self.granularity}' is unknown{did_you_mean(self.granularity, GRANULARITIES)}")
-        if self.share not in SHARES:
-            found.append(f"share '{self.share}' is unknown{did_you_mean(self.share, SHARES)}")
-        if not isinstance(self.native_experts, bool):
-            found.append(f"native_experts must be true or false, got {self.native_experts!r}")
-        if self.upcast_base is not None and not isinstance(self.upcast_base, bool):
-            found.append(f"upcast_base must be true, false or null, got {self.upcast_base!r}")
-        found += self._combination_problems()
-        for entry in lists["layers"]:
-            if not isinstance(entry, Mapping) or not {"match"} < set(entry) <= {"match", "experts", "selector"}:
-                found.append(
-                    f"layers entry {entry!r} must be {{match: <regex of module paths>, experts: {{...}}}}, or have "
-                    "selector: {...} with options that differ there"
-                )
-                continue
-            found += _expert_problems(entry.get("experts", {}), "layers.experts", partial=True)
-            if "selector" in entry:
-                selector = self.selector_at(entry["selector"])
-                found += selectors.problems(selector) + _schedule_problems(selector, "layers.selector")
-            try:
-                re.compile(entry["match"])
-            except (re.error, TypeError) as error:
-                found.append(f"layers.match {entry['match']!r} is not a regular expression: {error}")
-        return found
-
-    def _combination_problems(self) -> list[str]:
-        found = []
-        scorer = self.scorer.get("name") if isinstance(self.scorer, Mapping) else self.scorer
-        by_task = isinstance(scorer, str) and scorer in scorers and scorers.fact(scorer, "reads") == "task"
-        if (self.granularity == "task") != by_task and not self.branches:
-            found.append(
-                f"granularity '{self.granularity}' does not go with scorer '{scorer}': "
-                "task decisions need scorer: {name: table, num_tasks: ...}, and only they can use it"
-            )
-        objective = self.objective.get("name") if isinstance(self.objective, Mapping) else self.objective
-        trains = objectives.fact(objective, "selector") if objective in objectives else None
-        selected = [self.selector, *(one.get("selector", self.selector) for one in self.branches or ())]
-        used = [one.get("name") if isinstance(one, Mapping) else one for one in selected]
-        if trains and trains not in used:
-            found.append(f"objective '{objective}' trains what is drawn: set selector: {{name: {trains}, k: ...}}")
-        form = self.experts.get("form") if isinstance(self.experts, Mapping) else None
-        form = form.get("name") if isinstance(form, Mapping) else form
-        if not isinstance(self.per_site, bool):
-            found.append(f"per_site must be true or false, got {self.per_site!r}")
-        elif self.per_site and form == "block":
-            found.append("per_site does not go with experts.form: block: the layers of an MLP are one expert together")
-        elif self.per_site and (self.share == "site" or form == "module"):
-            found.append("per_site gives the layers of a shared decision their own gates: set share: block or model")
-        elif self.per_site and (self.experts.get("null") or self.experts.get("shared")):
-            found.append("per_site does not go with null or shared experts: set experts.null and experts.shared to 0")
-        if form == "module" and self.share != "block":
-            found.append(
-                f"experts.form 'module' chooses among the layers of a block: set share: block, not {self.share}"
-            )
-        return found
+        return problems_of(self)
 
     def selector_at(self, changes: Mapping[str, Any]) -> Spec:
         """Return the selector with the changes of one entry of `layers`."""
@@ -274,77 +164,6 @@ class MoloraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data, with sets sorted so that files are reproducible."""
         return {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in super().to_dict().items()}
-
-
-def _expert_problems(experts: Any, where: str, partial: bool) -> list[str]:
-    if not isinstance(experts, Mapping):
-        return [f"{where} must be a mapping, got {experts!r}"]
-    found = [f"{where} has no key '{key}'{did_you_mean(key, EXPERTS)}" for key in experts if key not in EXPERTS]
-    full = experts if partial else {**EXPERTS, **experts}
-    if full.get("form", "module") not in ARRANGED:
-        form = full["form"]
-        name = form.get("name") if isinstance(form, Mapping) else form
-        if isinstance(name, str) and name not in (*forms, *ARRANGED):
-            found.append(f"{where}.form '{name}' is unknown{did_you_mean(name, (*forms, *ARRANGED))}")
-        else:
-            found += [f"{where}: {problem}" for problem in form_problems(form)]
-    for key in ("num", "rank"):
-        values = full.get(key, 1)
-        if key == "num" and isinstance(values, Mapping):
-            found += profile_problems(values, f"{where}.num")
-            continue
-        values = values if isinstance(values, (list, tuple)) else [values]
-        if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-            found.append(f"{where}.{key} must be a whole number >= 1, or a list of them, got {full[key]!r}")
-    for key in ("null", "shared"):
-        value = full.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            found.append(f"{where}.{key} must be a whole number >= 0, got {value!r}")
-    if full.get("pool", "none") not in POOLS:
-        found.append(f"{where}.pool {full['pool']!r} is unknown; known: {', '.join(POOLS)}")
-    elif full.get("pool", "none") != "none" and full.get("form", "lora") not in (*FORMS, "block"):
-        found.append(f"{where}.pool needs a form of stacked low-rank experts: {', '.join(FORMS)}, block")
-    if full.get("shared_gate", "none") not in SHARED_GATES:
-        found.append(f"{where}.shared_gate {full['shared_gate']!r} is unknown; known: {', '.join(SHARED_GATES)}")
-    for key, may_be_negative in (("shared_weight", True), ("alpha", False), ("scaling", True)):
-        value = full.get(key)
-        if key not in full or (key == "scaling" and value is None):
-            continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or value == 0 or (value < 0 and not may_be_negative):
-            wanted = "a number other than 0, or null" if may_be_negative else "a positive number"
-            found.append(f"{where}.{key} must be {wanted}, got {value!r}")
-    if not isinstance(full.get("rslora", False), bool):
-        found.append(f"{where}.rslora must be true or false, got {full['rslora']!r}")
-    dropout = full.get("dropout", 0.0)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        found.append(f"{where}.dropout must be in [0, 1), got {dropout!r}")
-    frozen = full.get("frozen", [])
-    if frozen != "all" and not (isinstance(frozen, (list, tuple)) and all(isinstance(e, int) for e in frozen)):
-        found.append(f"{where}.frozen must be a list of expert numbers or 'all', got {frozen!r}")
-    names = full.get("names")
-    if names is not None and not (
-        isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)
-    ):
-        found.append(f"{where}.names must be a list of different names, one per expert, got {names!r}")
-    elif names is not None and isinstance(full.get("num"), int) and len(names) != full["num"] + full.get("shared", 0):
-        found.append(f"{where}.names holds {len(names)} names for {full['num']} experts")
-    return found
-
-
-def _schedule_problems(spec: Any, kind: str) -> list[str]:
-    if not isinstance(spec, Mapping):
-        return []
-    found = []
-    for key, value in spec.items():
-        if is_schedule(value):
-            try:
-                build_schedule(value)
-            except ConfigError as error:
-                found.append(f"{kind}.{key}: {error}")
-            if kind in ("scorer", "pool", "feature", "objective"):
-                found.append(f"{kind}.{key} cannot follow a schedule; link and selector options and loss weights can")
-    return found
 
 
 class _RecipeLoader(yaml.SafeLoader):

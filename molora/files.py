@@ -191,9 +191,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"'{folder}' is a file; give a folder to save into")
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    finish(folder)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        finish(folder)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
+    except OSError as error:
+        raise ConfigError(f"'{folder}' cannot be written: {error.strerror}; save into another folder") from None
     try:
         yield draft
         for path in draft.iterdir():

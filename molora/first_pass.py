@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compat import tokens_in_cache
+from .compat.caches import tokens_in_cache
 from .errors import RoutingError
 from .routing.first_pass import CACHE, STATES
 from .routing.trace import Pass

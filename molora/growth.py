@@ -19,6 +19,7 @@ from .experts.bank import ExpertBank
 from .layers import RoutedLinear
 from .plan import form_of
 from .routing.router import Router
+from .sites import Blocks
 from .undo import undone_on_error
 
 MODES = ("full", "z", "mu")
@@ -133,12 +134,7 @@ def replan(model: nn.Module, adapter: str, config: MoloraConfig, keep: bool = Tr
     layers = routed_layers(model, adapter)
     old = {name: layer.molora_router.pop(adapter) for name, layer in layers.items() if adapter in layer.molora_router}
     tuner.peft_config[adapter] = config
-    blocks, fixed = tuner._blocks.used, tuner._fixed  # of the adapter that was added last
-    tuner._blocks.used, tuner._fixed = set(), set()
-    try:
-        tuner._plan_decisions(tuner.model, adapter, config)
-    finally:
-        tuner._blocks.used, tuner._fixed = blocks, fixed
+    tuner.plan_decisions(adapter, Blocks(tuner.model), fixed=())
     for name, layer in layers.items():
         layer._move_adapter_to_device_of_base_layer(adapter)
         if keep and name in old:

@@ -57,7 +57,8 @@ def read_header(path: Path, *, max_bytes: int = MAX_HEADER, max_tensors: int = M
                 f"{path.name} is missing; {pickles[0]} is a pickle, which can run any code and is never loaded: "
                 "have it saved as safetensors"
             )
-        raise LoadError(f"{path.name} is missing")
+        others = sorted(p.name for p in path.parent.glob("*.safetensors"))
+        raise LoadError(f"{path.name} is missing" + _instead(path.name, others))
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -86,6 +87,14 @@ def read_header(path: Path, *, max_bytes: int = MAX_HEADER, max_tensors: int = M
     if len(header) > max_tensors:
         raise LoadError(f"{path.name} names {len(header):,} tensors, {max_tensors:,} are allowed")
     return _check_layout(path.name, header, size - 8 - length)
+
+
+def _instead(name: str, others: list[str]) -> str:
+    """Return the tail of an error about a missing file that names those which may hold what is missed."""
+    if not others:
+        return ""
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return f"; {shown(others[0])}{more} is there, which PEFT does not read either: save all tensors as one {name}"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Calls
-from .compat import (
+from .compat.caches import follow_rows, tokens_in_cache
+from .compat.models import (
     Arguments,
     add_output,
     checkpointing_is_on,
     encoder_of,
-    follow_rows,
     generates,
     is_encoder_decoder,
     labels_are_shifted,
     looks_both_ways,
     shifted_labels,
-    tokens_in_cache,
     use_eager_attention,
     weights_of_attention,
 )
@@ -138,9 +137,9 @@ class ForwardHooks:
             if named is not None:
                 check_cache(new.cache, named)
             if new.continuing and any(plan.by_prompt for plan in plans):
-                new.decisions = self.trace.resume(new.cache)
+                new.decisions = self.trace.cached.decisions(new.cache)
             if new.continuing and any(plan.remembers for plan in plans):
-                new.memory.past = self.trace.past(new.cache)
+                new.memory.past = self.trace.cached.past(new.cache)
             if named is not None:
                 run_first_pass(module, named, new)
         return args, kwargs
@@ -255,7 +254,7 @@ class ForwardHooks:
         cache = cache if cache is not None else getattr(outputs, "cache_params", None)
         self.trace.close(cache)
         if cache is not None and any(plan.remembers or plan.by_prompt for plan in self.trace.plans.values()):
-            follow_rows(cache, self.trace.reorder)
+            follow_rows(cache, self.trace.cached.reorder)
         if not collecting:
             return outputs
         aux = self.trace.aux

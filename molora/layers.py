@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .blocks import Role, rows_of
-from .compat import PLAIN_LINEARS
+from .compat.layers import PLAIN_LINEARS
 from .errors import RoutingError
 from .experts.base import Experts
 from .kernels.routed import Calls

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compat import native_experts, run_native_experts
+from .compat.native import native_experts, run_native_experts
 from .errors import ConfigError
 from .experts.bank import ExpertBank
 from .experts.base import Experts
@@ -100,7 +100,7 @@ class NativeBank(Experts):
 
 
 def native_bank(module: nn.Module, ranks: Sequence[int], **given: Any) -> NativeBank:
-    """Return fresh LoRAs for a module of native experts, wrapped or not (see compat.native_experts)."""
+    """Return fresh LoRAs for a module of native experts, wrapped or not (see compat/native.py)."""
     sizes = native_experts(module) or {}
     while hasattr(module, "base_layer"):
         module = module.base_layer

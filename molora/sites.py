@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from . import compat
 from .blocks import Role, RoutedBlock
-from .config import ARRANGED
+from .compat.layers import linear_sizes, mlp_blocks
+from .compat.native import native_experts
+from .config_checks import ARRANGED
 from .embeddings import EmbeddingBank, RoutedEmbedding, embedding_sizes
 from .errors import ConfigError
 from .experts.bank import FORMS
@@ -22,11 +23,11 @@ from .routing.trace import Trace
 
 def kind_of(module: nn.Module) -> str | None:
     """Return what a module is to molora: `linear`, `embedding`, `native` (stacked native experts) or None."""
-    if compat.linear_sizes(module) is not None:
+    if linear_sizes(module) is not None:
         return "linear"
     if embedding_sizes(module) is not None:
         return "embedding"
-    return "native" if compat.native_experts(module) is not None else None
+    return "native" if native_experts(module) is not None else None
 
 
 def why_not(module: nn.Module, spec: Mapping[str, Any]) -> str | None:
@@ -63,7 +64,7 @@ def bank_for(module: nn.Module, spec: Mapping[str, Any]) -> Any:
         return native_bank(module, ranks_of(spec), form=form_of({"form": form}), **given)
     if kind == "embedding":
         return EmbeddingBank(*(embedding_sizes(module) or ()), ranks_of(spec), form=form_of({"form": form}), **given)
-    return build_experts(form, *(compat.linear_sizes(module) or ()), ranks_of(spec), **given)
+    return build_experts(form, *(linear_sizes(module) or ()), ranks_of(spec), **given)
 
 
 def layer_for(module: nn.Module, trace: Trace, upcast_base: bool | None) -> RoutedLayer:
@@ -73,7 +74,7 @@ def layer_for(module: nn.Module, trace: Trace, upcast_base: bool | None) -> Rout
         return RoutedExperts(module, trace)
     if kind == "embedding":
         return RoutedEmbedding(module, *(embedding_sizes(module) or ()), trace)
-    return RoutedLinear(module, *(compat.linear_sizes(module) or ()), trace, upcast_base)
+    return RoutedLinear(module, *(linear_sizes(module) or ()), trace, upcast_base)
 
 
 class Blocks:
@@ -84,7 +85,7 @@ class Blocks:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.found = compat.mlp_blocks(model)
+        self.found = mlp_blocks(model)
         self.of = {path: block for block, (first, last) in self.found.items() for path in (*first, last)}
         self.used: set[str] = set()
 

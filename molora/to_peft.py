@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import compat
 from .checkpoint import peft_model_of
+from .compat.layers import PLAIN_LINEARS, module_paths
 from .config import MoloraConfig
 from .control import routed_layers
 from .embeddings import RoutedEmbedding
@@ -157,7 +157,7 @@ def _lora_config(shapes: Mapping[str, tuple[int, float]], base: nn.Module, confi
         lora_alpha=alpha,
         rank_pattern={re.escape(path): shapes[path][0] for path in ordered if shapes[path][0] != rank},
         alpha_pattern={re.escape(path): shapes[path][1] for path in ordered if shapes[path][1] != alpha},
-        target_modules=targets_of(list(shapes), compat.module_paths(base)),
+        target_modules=targets_of(list(shapes), module_paths(base)),
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
         inference_mode=True,
@@ -167,7 +167,7 @@ def _lora_config(shapes: Mapping[str, tuple[int, float]], base: nn.Module, confi
     if isinstance(lora.target_modules, set):
         lora.target_modules = sorted(lora.target_modules)  # files are the same every time
     bases = dict(base.named_modules())
-    lora.fan_in_fan_out = all(isinstance(bases[path].get_base_layer(), compat.PLAIN_LINEARS[1]) for path in shapes)
+    lora.fan_in_fan_out = all(isinstance(bases[path].get_base_layer(), PLAIN_LINEARS[1]) for path in shapes)
     return lora
 
 

@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from . import compat
+from .compat.layers import linear_sizes
+from .compat.models import is_encoder_decoder
 from .config import MoloraConfig, build_config
 from .errors import ConfigError
 from .hooks import OWN_ARGUMENTS, TASK_IDS
@@ -32,14 +37,43 @@ def task_type_of(model: nn.Module) -> str | None:
         "ForCausalLM": "CAUSAL_LM",
     }
     found = next((task for ending, task in endings.items() if name.endswith(ending)), None)
-    # some models named ForConditionalGeneration are decoders with vision or speech before them
-    return None if found == "SEQ_2_SEQ_LM" and not compat.is_encoder_decoder(model) else found
+    # some models named ForConditionalGeneration are decoders with vision or speech before them, and PEFT's class for
+    # this task hands out input_ids, which models that read sound or images do not take
+    reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return None if found == "SEQ_2_SEQ_LM" and not (is_encoder_decoder(model) and reads_text) else found
 
 
-def head_of(model: nn.Module) -> list[str] | None:
-    """Return the head of a classifier for which PEFT has no task type (images, audio): it is trained whole."""
-    heads = [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
-    return heads if heads and type(model).__name__.endswith("Classification") else None
+# What PEFT trains whole for a task. It takes every module whose path ends like this, but keeps routed layers away from
+# the modules of that name alone, and only for classifiers of sequences.
+PEFT_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def heads_of(model: nn.Module, task_type: str | None) -> list[str]:
+    """Return what of a classifier must be named to be trained and saved whole: all behind the backbone.
+
+    It is not in a checkpoint of the backbone alone, so it starts at random (DeBERTa's pooler, DistilBERT's
+    pre_classifier, BART's classification_head); an adapter without it could not be loaded again.
+
+    Args:
+        model: the base model.
+        task_type: PEFT's, with which it adds heads of its own; None for images and audio.
+    """
+    if task_type not in PEFT_HEADS and not type(model).__name__.endswith("Classification"):
+        return []
+    backbone, usual = getattr(model, "base_model_prefix", ""), PEFT_HEADS["SEQ_CLS"]
+    if isinstance(getattr(model, backbone, None), nn.Module):
+        heads = [n for n, m in model.named_children() if n != backbone and any(True for _ in m.parameters())]
+    else:
+        heads = [name for name in usual if isinstance(getattr(model, name, None), nn.Module)]
+    if task_type == "SEQ_CLS":
+        heads = [name for name in heads if name not in usual]
+    paths = [path for path, _ in model.named_modules()]
+    # PEFT goes by the end of a path, so a name that the backbone has too cannot be told apart
+    return [head for head in heads if not any(p.endswith(head) and p.partition(".")[0] != head for p in paths)]
 
 
 def wrap(
@@ -73,14 +107,74 @@ def wrap(
     config.fingerprint = None if not isinstance(recipe, MoloraConfig) else config.fingerprint
     if config.task_type is None:
         config.task_type = task_type_of(model)
-    if config.task_type is None and config.modules_to_save is None:
-        config.modules_to_save = head_of(model)
-    with warnings.catch_warnings():
-        # the first is said better by our own checks; the second is between PEFT and transformers
-        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|is_gradient_checkpointing).*")
-        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    heads = heads_of(model, config.task_type)
+    if config.task_type is None and config.modules_to_save is not None:
+        heads = []
+    if config.target_modules != "all-linear":  # layers that are asked for are routed
+        heads = [head for head in heads if not any(_is_target(config, path) for path in _inside(model, head))]
+    if heads:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+    asked = config.target_modules
+    unused = _unused(model, config, changes)
+    if unused:
+        warnings.warn(f"these matched nothing in {type(model).__name__}: {'; '.join(unused)}", stacklevel=2)
+    try:
+        with warnings.catch_warnings():
+            # the first is said better by our own checks; the second is between PEFT and transformers
+            warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|is_gradient_checkpointing).*")
+            peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    except NoMatchingPeftModuleError:
+        raise _no_target(model, asked) from None
+    if config.modules_to_save is not None:  # PEFT adds the heads of a task whether they are there or not
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     accept_own_arguments(peft_model)
     return peft_model
+
+
+def _inside(model: nn.Module, head: str) -> list[str]:
+    return [path for path, _ in model.named_modules() if path == head or path.startswith(f"{head}.")]
+
+
+def _is_target(config: MoloraConfig, path: str) -> bool:
+    return bool(check_target_module_exists(config, path))
+
+
+def _unused(model: nn.Module, config: MoloraConfig, changes: Mapping[str, Any]) -> list[str]:
+    """Return what a caller has named in vain; recipes name the layers of several architectures, so not theirs."""
+    paths = [path for path, _ in model.named_modules()]
+    leaves = {path.rpartition(".")[2] for path in paths}
+    found = []
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(config, key) if key in changes else None
+        if names is None or isinstance(names, str):
+            continue
+        vain = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+        if key == "target_modules" and len(vain) == len(names):
+            continue  # an error of its own
+        for name in vain:
+            close = difflib.get_close_matches(str(name), leaves, n=1)
+            found.append(f"{key} '{name}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
+    for entry in config.layers if "layers" in changes else ():
+        if not any(re.search(entry["match"], path) for path in paths):
+            found.append(f"layers.match '{entry['match']}'")
+    return found
+
+
+def _no_target(model: nn.Module, asked: Any) -> ConfigError:
+    """Say which layers there are, when PEFT found none of those that were asked for."""
+    leaves = sorted({p.rpartition(".")[2] for p, m in model.named_modules() if linear_sizes(m) is not None})
+    if not leaves:
+        return ConfigError(f"{type(model).__name__} has no linear layer, so there is nothing to route")
+    names = () if isinstance(asked, str) else asked or ()
+    if any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules() for name in names):
+        why = "match only layers that exclude_modules or modules_to_save keep out"
+    else:
+        why = f"match no layer of {type(model).__name__}"
+    hint = "a string is a regular expression of whole paths, so write a list of names; " if asked in leaves else ""
+    return ConfigError(
+        f"target_modules={asked!r} {why}; {hint}its linear layers are called {', '.join(leaves[:20])}; name some of "
+        "them, or use 'all-linear'"
+    )
 
 
 def accept_own_arguments(peft_model: PeftModel) -> None:
@@ -97,4 +191,4 @@ def _rename_task_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return args, {TASK_IDS if name == "task_ids" else name: value for name, value in kwargs.items()}
 
 
-__all__ = ["accept_own_arguments", "head_of", "task_type_of", "wrap"]
+__all__ = ["accept_own_arguments", "heads_of", "task_type_of", "wrap"]

@@ -53,14 +53,20 @@ def gradients(checkpointing: str, steps: int) -> dict[str, torch.Tensor]:
     return kept
 
 
-def sharded_gradients(share: str) -> dict[str, torch.Tensor]:
-    """Return the router gradients of one forward and backward under FSDP2, each process with half of the rows."""
-    from torch.distributed.fsdp import fully_shard
+def sharded_gradients(dtype: torch.dtype | None = None, **changes: str) -> dict[str, torch.Tensor]:
+    """Return the router gradients of one forward and backward under FSDP2, each process with half of the rows.
 
-    model, data = wrapped(share=share), rows()
+    Args:
+        dtype: that FSDP gathers parameters in, as Trainer's `bf16=True` asks of it.
+        changes: of the recipe.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, data = wrapped(**changes), rows()
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
     for layer in model.base_model.model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
     rank, half = torch.distributed.get_rank(), ROWS // 2
     total = sum((row["labels"][1:] != -100).sum() for row in data)
     loss = model(**stack(data[rank * half : (rank + 1) * half]), num_items_in_batch=total).loss
@@ -77,7 +83,9 @@ def main(out: str) -> None:
         for steps in STEPS
     }
     for share in ("site", "block", "model"):
-        found[f"fsdp {share}"] = {name: g.tolist() for name, g in sharded_gradients(share).items()}
+        found[f"fsdp {share}"] = {name: g.tolist() for name, g in sharded_gradients(share=share).items()}
+    half = sharded_gradients(torch.bfloat16, selector="softmax")
+    found["fsdp bfloat16"] = {name: g.tolist() for name, g in half.items()}
     if torch.distributed.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(found, file)

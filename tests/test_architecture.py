@@ -20,6 +20,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
     "registry": ({"errors"}, set(), "names to functions; standard library only"),
     "paths": ({"errors"}, set(), "where the shipped files are"),
     "plan": ({"errors"}, set(), "works on module paths alone"),
+    "subcommands": (set(), set(), "commands below a command; standard library only"),
     "fingerprint": (set(), {"torch"}, "hashes shapes and samples values"),
     "undo": (set(), {"torch"}, "puts modules back as they were"),
     "kernels": ({"errors"}, {"torch", "triton"}, "the routed product and its faster twins; triton only where a GPU is"),
@@ -32,11 +33,17 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         "reads adapters from disk or from the Hub",
     ),
     "compat": (set(), {"torch", "peft", "transformers", "bitsandbytes"}, "the one place that knows others' internals"),
-    "config": (
-        {"errors", "registry", "paths", "plan", "files", "compat", "routing", "experts"},
-        {"peft", "yaml"},
-        "MoloraConfig is a PeftConfig, and a recipe is YAML; checks every component by its registry",
+    "config_checks": (
+        {"errors", "plan", "routing", "experts"},
+        set(),
+        "what is wrong with a configuration; checks every component by its registry",
     ),
+    "config": (
+        {"errors", "registry", "paths", "files", "compat", "config_checks", "routing"},
+        {"peft", "yaml"},
+        "MoloraConfig is a PeftConfig, and a recipe is YAML",
+    ),
+    "_quiet": (set(), set(), "imported first, so that bitsandbytes does not tell which kernels are missing"),
     "blocks": ({"errors", "kernels"}, {"torch"}, "rows of (token, expert) pairs through an MLP"),
     "layers": (
         {"errors", "blocks", "compat", "routing", "experts", "kernels"},
@@ -54,7 +61,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
             "errors",
             "plan",
             "compat",
-            "config",
+            "config_checks",
             "blocks",
             "experts",
             "layers",
@@ -72,8 +79,15 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         {"torch"},
         "surrounds the forward of a base model",
     ),
+    "adapter_names": ({"errors", "compat", "layers"}, {"torch"}, "which names PEFT can tell apart"),
+    "decisions": (
+        {"errors", "plan", "compat", "config", "layers", "hooks", "routing", "sites"},
+        {"torch"},
+        "which layers share a decision, and the routers that take them",
+    ),
     "tuner": (
-        {"errors", "plan", "fingerprint", "undo", "compat", "config", "layers", "hooks", "routing", "experts", "sites"},
+        {"adapter_names", "decisions", "errors", "plan", "fingerprint", "undo", "compat", "config", "layers", "hooks"}
+        | {"routing", "experts", "sites"},
         {"torch", "peft", "accelerate"},
         "MoloraModel is a BaseTuner; accelerate, to build on the meta device as PEFT does",
     ),
@@ -85,20 +99,21 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
         "profiles a model's decisions and writes how many experts each layer keeps",
     ),
     "checkpoint": (
-        {"errors", "compat", "config", "files", "fingerprint", "layers", "tuner", "undo", "wrapping"},
+        {"adapter_names", "errors", "compat", "config", "files", "fingerprint", "layers", "tuner", "undo", "wrapping"},
         {"torch", "peft"},
         "loads through PEFT's own layout",
     ),
     "growth": (
-        {"errors", "plan", "undo", "config", "control", "experts", "layers", "routing"},
+        {"errors", "plan", "undo", "config", "control", "experts", "layers", "routing", "sites"},
         {"torch"},
         "changes a mixture that is there: more experts, new tasks",
     ),
     "base_weights": (set(), {"torch"}, "compares saved weights with those of a base"),
+    "lora_files": ({"base_weights", "files", "plan"}, {"torch", "peft"}, "reads LoraConfig and LoRA tensors"),
     "from_peft": (
-        {"base_weights", "errors", "plan", "compat", "config", "control", "files", "undo", "wrapping"},
+        {"errors", "plan", "compat", "config", "control", "files", "lora_files", "undo", "wrapping"},
         {"torch", "peft"},
-        "reads LoraConfig and LoRA tensors",
+        "LoRAs become the experts of a mixture",
     ),
     "to_peft": (
         {"errors", "plan", "compat", "config", "control", "checkpoint", "files", "layers", "embeddings"},
@@ -136,6 +151,8 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
     ),
     "hub": (
         {
+            "base_weights",
+            "lora_files",
             "errors",
             "registry",
             "paths",
@@ -148,25 +165,31 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
             "config",
             "control",
         }
-        | {"checkpoint", "from_peft", "to_peft", "wrapping", "routing", "experts", "posthoc", "train", "reports"},
+        | {"checkpoint", "from_peft", "to_peft", "wrapping", "routing", "experts", "posthoc", "train", "reports"}
+        | {"subcommands"},
         {"torch", "peft", "transformers", "safetensors", "huggingface_hub", "fsspec", "filelock", "yaml"},
         "a library on disk and its commands; filelock, so that one process at a time changes it",
     ),
     "prompts": (
-        {"errors", "registry", "files", "fingerprint", "compat", "train", "hub"},
+        {"errors", "registry", "files", "fingerprint", "compat", "train", "hub", "subcommands"},
         {"torch", "safetensors", "transformers"},
         "chooses adapters by the prompt; transformers in its embedders, train to load a model for the command",
     ),
     "serve": (
-        {"errors", "registry", "plan", "files", "fingerprint", "compat", "config", "control", "checkpoint", "from_peft"}
-        | {"layers", "tuner", "wrapping", "routing", "experts", "train", "reports", "hub", "prompts"},
+        {"errors", "registry", "plan", "files", "fingerprint", "compat", "config", "control", "checkpoint"}
+        | {"lora_files"}
+        | {"layers", "tuner", "wrapping", "routing", "experts", "train", "reports", "hub", "prompts", "subcommands"},
         {"torch", "peft", "transformers", "accelerate", "yaml", "sqlalchemy", "fastapi", "starlette", "pydantic"}
         | {"prometheus_client", "uvicorn", "httpx", "safetensors", "vllm", "ray", "filelock", "anyio"},
         "one model, many tenants: FastAPI for HTTP, SQLAlchemy for who may use what; only the command line imports it",
     ),
+    "listing": (
+        {"registry", "paths", "config", "experts", "routing"},
+        set(),
+        "the recipes and the components that there are",
+    ),
     "commands": (
-        {"errors", "registry", "paths", "config", "files", "experts", "routing", "train", "reports", "hub", "prompts"}
-        | {"serve"},
+        {"errors", "config", "files", "listing", "routing", "train", "reports", "hub", "prompts", "serve"},
         {"transformers"},
         "one function per command; transformers, to set how much it prints",
     ),
@@ -177,7 +200,7 @@ UNITS: dict[str, tuple[set[str], set[str], str]] = {
     ),
     "__init__": (
         {"errors", "kernels", "config", "control", "checkpoint", "wrapping", "growth", "from_peft", "to_peft", "train"}
-        | {"hub"},
+        | {"hub", "_quiet"},
         set(),
         "the public names, nothing else",
     ),

@@ -360,6 +360,22 @@ def test_fully_sharded(two_processes, share):
     assert_equal({name: torch.tensor(values) for name, values in found.items()}, router_gradients(model))
 
 
+def test_fully_sharded_in_half_precision(two_processes):
+    """FSDP2 that gathers in bfloat16: routers still decide in float32, with the same gradients but for rounding.
+
+    All experts act, since which are the best two may change by rounding.
+    """
+    model, data = wrapped(selector="softmax"), rows()
+    total = sum((row["labels"][1:] != -100).sum() for row in data)
+    for start in (0, ROWS // 2):
+        model(**stack(data[start : start + ROWS // 2]), num_items_in_batch=total).loss.backward()
+    wanted = router_gradients(model)
+    found = {name: torch.tensor(values) for name, values in two_processes["fsdp bfloat16"].items()}
+    assert found.keys() == wanted.keys()
+    mine, exact = (torch.cat([gradients[name].flatten() for name in wanted]) for gradients in (found, wanted))
+    assert torch.linalg.vector_norm(mine - exact) < 0.1 * torch.linalg.vector_norm(exact)
+
+
 def reference_of_pairs(steps: int) -> dict[str, torch.Tensor]:
     """The reference with the micro-batches that two processes form from a sequential sampler."""
     model = wrapped()

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import molora
-from molora import compat
 from molora.blocks import RoutedBlock, rows_of
+from molora.compat.layers import PLAIN_LINEARS, mlp_blocks
 from molora.control import routed_layers
 from molora.errors import ConfigError, RoutingError
 from tests.tiny import (
@@ -101,12 +101,12 @@ def change_of(layer, expert):
     """The weight change of one expert, in the layout of the base weight."""
     A, B = layer.molora_bank["default"].pair(expert)
     change = layer.molora_bank["default"].scaling * B @ A
-    return change.T if isinstance(layer.get_base_layer(), compat.PLAIN_LINEARS[1]) else change
+    return change.T if isinstance(layer.get_base_layer(), PLAIN_LINEARS[1]) else change
 
 
 def copies_of(base, block, layers):
     """One copy of the frozen block per expert, with that expert's LoRAs added to its weights."""
-    first, last = compat.mlp_blocks(base)[block]
+    first, last = mlp_blocks(base)[block]
     copies = []
     for expert in range(layers[last].molora_bank["default"].num_experts):
         parent = copy.deepcopy(base.get_submodule(block))
@@ -142,7 +142,7 @@ def test_a_block_is_the_mixture_of_whole_mlps(family):
     build, run = FAMILIES[family]
     base, model = build(), shaken(build())
     layers, seen = routed_layers(model), seen_by(model, tiny_inputs(base))
-    blocks = compat.mlp_blocks(base)
+    blocks = mlp_blocks(base)
     assert len(blocks) == (4 if family.startswith("t5") else 2)
     for block, (first, last) in blocks.items():
         x, y = seen[first[0]][0], seen[last][1]
@@ -298,7 +298,7 @@ def test_frozen_layers_run_once_per_token(family):
             lambda _, args, out, path=path: rows.setdefault(path, []).append(args[0].numel() // args[0].shape[-1])
         )
     model(**tiny_inputs(model))
-    first_last = [path for first, last in compat.mlp_blocks(FAMILIES[family][0]()).values() for path in (*first, last)]
+    first_last = [path for first, last in mlp_blocks(FAMILIES[family][0]()).values() for path in (*first, last)]
     assert first_last and all(rows[path] == [tokens] for path in first_last)
 
 
@@ -380,7 +380,7 @@ def test_blocks_may_share_a_pool_of_experts():
     layers = routed_layers(model)
     first, second = (layers[f"model.layers.{number}.mlp.gate_proj"].molora_bank["default"] for number in (0, 1))
     assert torch.equal(first.pair(2)[0], second.pair(2)[0])
-    blocks = compat.mlp_blocks(tiny_llama())
+    blocks = mlp_blocks(tiny_llama())
     seen = seen_by(model, tiny_inputs(model))
     for block, (readers, last) in blocks.items():
         x, y = seen[readers[0]][0], seen[last][1]
@@ -533,14 +533,14 @@ def test_mlps_are_found_by_names_and_sizes():
             self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(12, 8)  # something lies between them
             self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 4)
 
-    assert compat.mlp_blocks(nn.ModuleDict({"a": Odd()})) == {}
-    assert compat.mlp_blocks(tiny_gpt2())["transformer.h.0.mlp"] == (
+    assert mlp_blocks(nn.ModuleDict({"a": Odd()})) == {}
+    assert mlp_blocks(tiny_gpt2())["transformer.h.0.mlp"] == (
         ("transformer.h.0.mlp.c_fc",),
         "transformer.h.0.mlp.c_proj",
     )
-    assert compat.mlp_blocks(tiny_bert_classifier())["bert.encoder.layer.1"] == (
+    assert mlp_blocks(tiny_bert_classifier())["bert.encoder.layer.1"] == (
         ("bert.encoder.layer.1.intermediate.dense",),
         "bert.encoder.layer.1.output.dense",
     )
     wrapped = shaken(tiny_llama()).get_base_model()
-    assert compat.mlp_blocks(wrapped) == compat.mlp_blocks(tiny_llama())
+    assert mlp_blocks(wrapped) == mlp_blocks(tiny_llama())

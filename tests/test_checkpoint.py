@@ -508,7 +508,7 @@ def arguments(folder, steps, **options):
 @pytest.mark.parametrize("kind", ["fp32", "4bit", "8bit"])
 def test_trains_saves_and_generates_on_every_kind_of_base(kind, checkpointing, saved_base, tmp_path):
     base = base_of(saved_base, kind)
-    # 4-bit layers that run in eval mode before they are wrapped may be rounded (compat.keep_4bit_layout); 8-bit ones
+    # 4-bit layers that run in eval mode before they are wrapped may be rounded (see keep_4bit_layout); 8-bit ones
     # compute in another way in train mode
     plain = logits(base.train(kind == "4bit"))
     model = molora.wrap(base, "dynmole", experts={"num": 4, "rank": 2})

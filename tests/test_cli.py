@@ -79,6 +79,11 @@ def test_help_of_all(capsys):
     assert all(command in text for command in FLAGS)
 
 
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"molora {molora.__version__}\n"
+
+
 def test_the_parser_needs_nothing_but_the_standard_library():
     code = "import sys, runpy; runpy.run_path(sys.argv[1]); print([m for m in sys.modules if m in ('torch', 'peft')])"
     done = subprocess.run([sys.executable, "-c", code, cli.__file__], capture_output=True, text=True, check=True)
@@ -119,7 +124,7 @@ BAD = [
     (["train", "lora", "--model", "{bert}", "--data", "{mood}", "--set", "train.adam=1"], "did you mean 'adam_"),
     (["train", "{mood}", "--model", "{bert}", "--data", "{mood}"], "recipe"),
     (["eval", "./gone", "--data", "{mood}"], "there is no folder './gone'"),
-    (["eval", "{bert}", "--data", "{mood}"], "adapter_config.json is missing"),
+    (["eval", "{bert}", "--data", "{mood}"], "holds no adapter_config.json, so it is no adapter"),
     (["eval", "{bert}", "--data", "{mood}", "--limit", "0"], "--limit must be at least 1"),
     (["inspect", "{bert}"], "holds no routing.json"),
     (["inspect", "./gone"], "there is no folder './gone'"),

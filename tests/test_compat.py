@@ -1,4 +1,4 @@
-"""The assumptions about PEFT, transformers and bitsandbytes in molora/compat.py: each fails here when they change."""
+"""The assumptions about PEFT, transformers and bitsandbytes in molora/compat: each fails here when they change."""
 
 import copy
 import inspect
@@ -16,7 +16,19 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import molora
-from molora import MoloraConfig, compat
+from molora import MoloraConfig
+from molora.compat.caches import tokens_in_cache
+from molora.compat.layers import PLAIN_LINEARS, keep_4bit_layout, linear_sizes, linear_sizes_of, module_paths
+from molora.compat.models import (
+    add_output,
+    checkpointing_is_on,
+    embeddings_of,
+    encoder_of,
+    is_encoder_decoder,
+    labels_are_shifted,
+    stack_of,
+)
+from molora.compat.registration import MOLORA, PREFIX
 from molora.layers import RoutedLinear
 from molora.tuner import MoloraModel
 from tests.adapters import RECIPE, wrapped
@@ -42,9 +54,9 @@ def test_the_type_is_in_the_three_tables_of_peft():
 
 def test_a_type_outside_of_the_enum_passes_where_peft_reads_its_value():
     """PEFT and transformers read `peft_type.value`, compare with strings and write JSON."""
-    assert compat.MOLORA.value == "MOLORA" == compat.MOLORA and hash(compat.MOLORA) == hash("MOLORA")
-    assert json.dumps({"peft_type": compat.MOLORA}) == '{"peft_type": "MOLORA"}'
-    for copied in (copy.deepcopy(compat.MOLORA), pickle.loads(pickle.dumps(compat.MOLORA))):
+    assert MOLORA.value == "MOLORA" == MOLORA and hash(MOLORA) == hash("MOLORA")
+    assert json.dumps({"peft_type": MOLORA}) == '{"peft_type": "MOLORA"}'
+    for copied in (copy.deepcopy(MOLORA), pickle.loads(pickle.dumps(MOLORA))):
         assert copied.value == "MOLORA"
     model = wrapped()
     assert model.peft_type.value == "MOLORA"
@@ -54,8 +66,8 @@ def test_a_type_outside_of_the_enum_passes_where_peft_reads_its_value():
 
 def test_the_prefix_is_the_type_in_lower_case(tmp_path):
     """transformers builds the prefix that way in delete_adapter, and PEFT looks for it in parameter names."""
-    assert MoloraModel.prefix == compat.PREFIX == compat.MOLORA.value.lower() + "_"
-    assert all(name.startswith(compat.PREFIX) for name in RoutedLinear.adapter_layer_names)
+    assert MoloraModel.prefix == PREFIX == MOLORA.value.lower() + "_"
+    assert all(name.startswith(PREFIX) for name in RoutedLinear.adapter_layer_names)
     molora.save(wrapped(), tmp_path)
     native = tiny_llama()
     native.load_adapter(str(tmp_path))
@@ -104,7 +116,7 @@ def test_labels_are_counted_as_the_trainer_counts_them(build, shifted, tmp_path)
     model = build()
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, dataloader_pin_memory=False)
     trainer = Trainer(molora.wrap(build(), RECIPE), arguments)
-    assert compat.labels_are_shifted(model) == shifted == trainer._loss_shifts_labels
+    assert labels_are_shifted(model) == shifted == trainer._loss_shifts_labels
     # and as the model's own loss does: the first label matters exactly when labels are not shifted. GPT-2 shifts them,
     # but Trainer goes by the name of the class and counts all: what matters for us is to count like Trainer.
     if build in (tiny_llama, tiny_t5):
@@ -117,27 +129,27 @@ def test_labels_are_counted_as_the_trainer_counts_them(build, shifted, tmp_path)
 def test_conv1d_keeps_its_weight_the_other_way_round():
     layer = Conv1D(5, 3)  # d_out, d_in
     assert layer.weight.shape == (3, 5) and layer.nf == 5
-    assert compat.linear_sizes(layer) == (3, 5) == compat.linear_sizes(nn.Linear(3, 5))
+    assert linear_sizes(layer) == (3, 5) == linear_sizes(nn.Linear(3, 5))
     assert layer(torch.zeros(2, 3)).shape == (2, 5)
-    assert set(compat.PLAIN_LINEARS) == {nn.Linear, Conv1D} and compat.PLAIN_LINEARS[1] is Conv1D
+    assert set(PLAIN_LINEARS) == {nn.Linear, Conv1D} and PLAIN_LINEARS[1] is Conv1D
     assert not isinstance(layer, nn.Linear)
 
 
 def test_sizes_of_quantised_layers():
     bnb = pytest.importorskip("bitsandbytes")
-    assert compat.linear_sizes(bnb.nn.Linear4bit(64, 128)) == (64, 128)
-    assert compat.linear_sizes(bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False)) == (64, 128)
-    assert type(bnb.nn.Linear4bit(64, 64)) not in compat.PLAIN_LINEARS
+    assert linear_sizes(bnb.nn.Linear4bit(64, 128)) == (64, 128)
+    assert linear_sizes(bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False)) == (64, 128)
+    assert type(bnb.nn.Linear4bit(64, 64)) not in PLAIN_LINEARS
     other = nn.Module()
     other.qweight, other.in_features, other.out_features = torch.zeros(1), 3, 5
-    assert compat.linear_sizes(other) == (3, 5)
-    assert compat.linear_sizes(nn.Embedding(3, 5)) is None and compat.linear_sizes(nn.Conv1d(3, 5, 1)) is None
+    assert linear_sizes(other) == (3, 5)
+    assert linear_sizes(nn.Embedding(3, 5)) is None and linear_sizes(nn.Conv1d(3, 5, 1)) is None
 
 
 def test_encoders_and_cross_attention():
     model = tiny_t5()
-    path, encoder = compat.encoder_of(model)
-    assert path == "encoder" and encoder is model.encoder and compat.is_encoder_decoder(model)
+    path, encoder = encoder_of(model)
+    assert path == "encoder" and encoder is model.encoder and is_encoder_decoder(model)
     stacks = {
         "encoder.block.0.layer.0.SelfAttention.k": "encoder",
         "decoder.block.0.layer.0.SelfAttention.k": "main",
@@ -146,8 +158,8 @@ def test_encoders_and_cross_attention():
     }
     for layer, stack in stacks.items():
         assert isinstance(model.get_submodule(layer), nn.Linear)
-        assert compat.stack_of(layer, path) == stack
-    assert compat.encoder_of(tiny_llama()) is None and compat.encoder_of(tiny_bert_classifier()) is None
+        assert stack_of(layer, path) == stack
+    assert encoder_of(tiny_llama()) is None and encoder_of(tiny_bert_classifier()) is None
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mamba])
@@ -157,49 +169,49 @@ def test_tokens_in_a_cache(build):
     outputs = model(**inputs, use_cache=True)
     cache = getattr(outputs, "past_key_values", None)
     cache = cache if cache is not None else outputs.cache_params
-    assert compat.tokens_in_cache(None) == 0
-    assert compat.tokens_in_cache(type(cache)(config=model.config)) == 0
-    assert compat.tokens_in_cache(cache) == (7 if build is not tiny_mamba else 1)  # a state counts no tokens
+    assert tokens_in_cache(None) == 0
+    assert tokens_in_cache(type(cache)(config=model.config)) == 0
+    assert tokens_in_cache(cache) == (7 if build is not tiny_mamba else 1)  # a state counts no tokens
 
 
 def test_outputs_take_fields_that_they_do_not_declare():
     model = tiny_llama()
     outputs = model(**tiny_inputs(model))
-    compat.add_output(outputs, "aux_loss", torch.tensor(1.0))
-    compat.add_output(outputs, "aux_loss", torch.tensor(2.0))
+    add_output(outputs, "aux_loss", torch.tensor(1.0))
+    add_output(outputs, "aux_loss", torch.tensor(2.0))
     assert outputs.aux_loss == outputs["aux_loss"] == 3.0
     outputs = tiny_qwen3_moe()(**tiny_inputs(model), output_router_logits=True)
     own = outputs.aux_loss  # a mixture has its own, which stays in
-    compat.add_output(outputs, "aux_loss", torch.tensor(2.0))
+    add_output(outputs, "aux_loss", torch.tensor(2.0))
     assert torch.equal(outputs.aux_loss, own + 2.0)
 
 
 def test_checkpointing_is_seen_where_transformers_sets_it():
     model = tiny_llama()
-    assert not compat.checkpointing_is_on(model)
+    assert not checkpointing_is_on(model)
     model.gradient_checkpointing_enable()
-    assert compat.checkpointing_is_on(model)
+    assert checkpointing_is_on(model)
     model.gradient_checkpointing_disable()
-    assert not compat.checkpointing_is_on(model)
+    assert not checkpointing_is_on(model)
 
 
 def test_embeddings_are_found_where_there_are_any():
-    found = compat.embeddings_of(tiny_llama())
+    found = embeddings_of(tiny_llama())
     assert set(found) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert set(compat.embeddings_of(wrapped())) == {f"base_model.model.{name}" for name in found}
-    assert compat.embeddings_of(tiny_vit_classifier()) == {} == compat.embeddings_of(nn.Linear(2, 2))
+    assert set(embeddings_of(wrapped())) == {f"base_model.model.{name}" for name in found}
+    assert embeddings_of(tiny_vit_classifier()) == {} == embeddings_of(nn.Linear(2, 2))
 
 
 def test_paths_of_a_wrapped_model_are_those_of_its_base():
     for build in (tiny_llama, tiny_bert_classifier):
         base = build()
         paths = sorted(name for name, _ in base.named_modules() if name)
-        assert sorted(compat.module_paths(base)) == paths
+        assert sorted(module_paths(base)) == paths
         model = wrapped(base=build())
-        assert set(compat.module_paths(model.get_base_model())) == set(paths)
+        assert set(module_paths(model.get_base_model())) == set(paths)
         heads = {"classifier"} if build is tiny_bert_classifier else set()
-        plain = {k: v for k, v in compat.linear_sizes_of(base).items() if k not in heads}
-        wrapped_sizes = compat.linear_sizes_of(model.get_base_model())
+        plain = {k: v for k, v in linear_sizes_of(base).items() if k not in heads}
+        wrapped_sizes = linear_sizes_of(model.get_base_model())
         assert plain and {k: v for k, v in wrapped_sizes.items() if k not in heads} == plain
 
 
@@ -226,9 +238,9 @@ def test_4bit_layers_pass_gradients_on_after_evaluation(nested, ran):
         one(x)
     if packs:
         with pytest.warns(UserWarning, match="1 4-bit layers had been run in eval mode on this CPU"):
-            compat.keep_4bit_layout(one)
+            keep_4bit_layout(one)
     else:
-        compat.keep_4bit_layout(one)
+        keep_4bit_layout(one)
     near = dict(rtol=0, atol=0.01 * want.abs().max().item()) if packs else dict(rtol=0, atol=1e-4)
     assert torch.allclose(one(x), want, **near)
     one.state_dict()

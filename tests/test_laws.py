@@ -23,8 +23,9 @@ from molora.routing.entropy import entropies
 from molora.routing.features import features
 from molora.routing.links import links
 from molora.routing.losses import Parts, losses
+from molora.routing.pools import pools
 from molora.routing.price import Price, prices
-from molora.routing.router import Router, pools
+from molora.routing.router import Router
 from molora.routing.router import _component as component
 from molora.routing.schedules import build_schedule, schedules
 from molora.routing.scorers import scorers

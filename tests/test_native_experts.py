@@ -10,7 +10,7 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import molora
-from molora import compat
+from molora.compat.native import native_experts
 from molora.control import routed_layers
 from molora.errors import ConfigError
 from molora.native_experts import RoutedExperts
@@ -227,7 +227,7 @@ def test_other_forms_are_skipped_with_the_reason():
 
 def test_sharded_experts_are_not_taken():
     experts = tiny_mixtral().model.layers[0].mlp.experts
-    assert compat.native_experts(experts) == {"gate_up_proj": (32, 32), "down_proj": (16, 32)}
+    assert native_experts(experts) == {"gate_up_proj": (32, 32), "down_proj": (16, 32)}
     experts._is_expert_parallel = True
-    assert compat.native_experts(experts) is None
-    assert compat.native_experts(types.SimpleNamespace()) is None
+    assert native_experts(experts) is None
+    assert native_experts(types.SimpleNamespace()) is None

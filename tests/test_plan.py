@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import molora
-from molora.config import EXPERTS, MoloraConfig, build_config
+from molora.config import MoloraConfig, build_config
+from molora.config_checks import EXPERTS
 from molora.control import routed_layers
 from molora.errors import ConfigError
 from molora.plan import depth_of, experts_at, place_of, ranks_of, scaling_of

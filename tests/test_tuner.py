@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import molora
-from molora.compat import MOLORA
+from molora.compat.registration import MOLORA
 from molora.control import routed_layers
 from molora.errors import ConfigError
 from tests.tiny import (

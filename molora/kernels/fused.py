@@ -72,7 +72,8 @@ def add_product(y: Tensor, h: Tensor, Bt: Tensor, in_place: bool) -> Tensor:
     if in_place and y.is_contiguous():
         y.view(-1, y.shape[-1]).addmm_(h2, Bt)
         return y
-    return torch.addmm(_rows(y), h2, Bt).view(y.shape)
+    # not .view: some models add into the output of a layer (Falcon), and autograd forbids that on a Function's views
+    return torch.ops.aten._unsafe_view(torch.addmm(_rows(y), h2, Bt), y.shape)
 
 
 def writable(y: Tensor, in_place: bool) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .router import pools
+from .pools import pools
 from .scorers import scorers
 from .types import Context
 

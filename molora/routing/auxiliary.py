@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..errors import AuxLossError
-from .losses import Parts, WeightedLoss
+from .losses import Parts
 from .recompute import in_backward
 from .types import Context, Routing
+from .weighted import WeightedLoss
 
 
 class _Scale:

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 from ..errors import did_you_mean
 from .features import Place, features, listed
+from .float32 import Float32, in_float32
 from .links import links
+from .pools import pools
 from .price import check_price
-from .router import GRANULARITIES, Router, Shared, pools
+from .router import GRANULARITIES, Router
 from .schedules import is_schedule
 from .scorers import scorers
 from .selectors import selectors
+from .shared import Shared
 from .types import Context, Routing
 
 MIXES = ("sum", "softmax", "gate")
@@ -35,7 +38,7 @@ KEYS = ("scorer", "link", "selector", "price", "pool", "feature", "granularity")
 LIKE = "like"  # the number of an earlier branch, whose scorer this one uses
 
 
-class Branches(nn.Module):
+class Branches(Float32):
     """Several routers that decide together; stands in for a Router wherever one is expected.
 
     Args:
@@ -156,6 +159,7 @@ class Branches(nn.Module):
 
     # --- the decision ---------------------------------------------------------------------------------------------
 
+    @in_float32
     def forward(self, x: Tensor, ctx: Context) -> Routing:
         """Decide for x (B, S, d) -> Routing of (B, S, E); scores and probs are the weighted sums of the branches'."""
         with torch.autocast(x.device.type, enabled=False):

@@ -28,7 +28,7 @@ def prototype_contrast(routing: Routing, ctx: Context, *, temperature: float = 0
     """
     if not temperature > 0:
         raise ConfigError(f"prototype_contrast needs a positive temperature, got {temperature}")
-    prototypes, tokens = _compared(routing, parts)
+    prototypes, tokens = (value.float() for value in _compared(routing, parts))
     chosen = routing.selected * ctx.weights(routing.probs)[..., None]  # (B, S, N)
     chosen = chosen.to(tokens.dtype).flatten(0, 1)
     counts = chosen.sum(0)

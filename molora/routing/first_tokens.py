@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .router import pools
+from .pools import pools
 
 
 @pools.register("first_tokens")

@@ -94,8 +94,9 @@ def task_contrast(routing: Routing, ctx: Context, *, parts: Parts) -> Tensor:
         first, second = ctx.task_ids.to(query.device).reshape(2, half)
         counts = (first == second).float()
         ignored = (first[:, None] == second[None]) & ~pairs
-    forward = query[:half] @ parts.router.scorer.compare @ key[half:].t()
-    backward = query[half:] @ parts.router.scorer.compare @ key[:half].t()
+    compare = parts.router.scorer.compare.float()
+    forward = query[:half] @ compare @ key[half:].t()
+    backward = query[half:] @ compare @ key[:half].t()
     own = torch.arange(half, device=query.device)
     each = F.cross_entropy(forward.masked_fill(ignored, -1e9), own, reduction="none")
     each = each + F.cross_entropy(backward.masked_fill(ignored.t(), -1e9), own, reduction="none")

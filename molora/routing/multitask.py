@@ -23,7 +23,10 @@ def tasks_of(ctx: Context, rows: int, num_tasks: int, device: torch.device) -> T
         )
     ids = ctx.task_ids.to(device).reshape(-1)
     if ids.numel() not in (1, rows):
-        raise RoutingError(f"task_ids holds {ids.numel()} ids for a batch of {rows}; give one per row")
+        raise RoutingError(
+            f"task_ids holds {ids.numel()} ids for a batch of {rows}; give one per row, and leave out layers that "
+            "read something else (in DeBERTa, query_proj and key_proj read positions too) with exclude_modules"
+        )
     if ids.numel() and int(ids.max()) >= num_tasks:
         raise RoutingError(f"task id {int(ids.max())} is out of range; this adapter knows {num_tasks}")
     return ids.expand(rows)

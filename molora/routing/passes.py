@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .auxiliary import AuxLoss
-from .losses import WeightedLoss
 from .types import Context, Memory, Routing
+from .weighted import WeightedLoss
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,9 @@ class CausalBlocks(_Mixing):
 
 def responses(router: Any, x: Tensor) -> Tensor:
     """Return `||B_e A_e x||` (B, S, E) of the experts at the layer that holds the router, for x (B, S, d)."""
-    A, B = router.bank.stack()
+    A, B = (factor.float() for factor in router.bank.stack())
     own = experts_of_ranks(router)  # (E, R)
-    inner = x.to(A.dtype) @ A.t()
+    inner = x.float() @ A.t()
     inner = inner.repeat(1, 1, own.shape[1] // A.shape[0])  # one A for all experts: each has its own copy
     gram = (B.t() @ B) * (own.t() @ own)  # (R, R), zero between different experts
     return ((inner @ gram) * inner @ own.t()).clamp_min(0).sqrt()

@@ -13,102 +13,25 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..registry import Registry, Spec, split_spec
 from .features import Place, build_features
+from .float32 import Float32, in_float32
 from .links import links
 from .links import softmax as softmax_link
+from .pools import pools, prompt_tokens
 from .price import Price, prices
 from .schedules import Scheduled
 from .scorers import Linear, scorers
 from .selectors import selectors
+from .shared import Shared
 from .types import Context, Routing
 
 GRANULARITIES = ("token", "prompt", "task")
 WEIGHTS = ("own", "frozen", "shared")
-SHARED_GATES = ("none", "sigmoid")
 # The options of selectors that kernels know; the others must have their defaults (see Router.plain_form).
 _PLAIN_OPTIONS = {"k", "min_k", "clamp", "normalise", "weight", "omega", "grad", "p", "crossing"}
 _PLAIN_OPTIONS |= {"entropy", "q", "threshold"}
-pools = Registry("pool")
 
 
-@pools.register("mean")
-class MeanPool(nn.Module):
-    """Mean over the prompt."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Pool x (B, S, d) over inside (B, S) bool -> (B, 1, d)."""
-        weights = inside.to(x.dtype)[..., None]
-        return (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp_min(1.0)
-
-
-@pools.register("last")
-class LastPool(nn.Module):
-    """The last prompt token."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Pool x (B, S, d) over inside (B, S) bool -> (B, 1, d)."""
-        positions = torch.arange(x.shape[1], device=x.device).expand(inside.shape)
-        last = torch.where(inside, positions, torch.zeros_like(positions)).amax(1)
-        return x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
-
-
-@pools.register("max")
-class MaxPool(nn.Module):
-    """Largest value over the prompt, per feature."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Pool x (B, S, d) over inside (B, S) bool -> (B, 1, d)."""
-        lowest = torch.finfo(x.dtype).min
-        return x.masked_fill(~inside[..., None], lowest).amax(1, keepdim=True)
-
-
-@pools.register("attention")
-class AttentionPool(nn.Module):
-    """Softmax attention of one learned query over the prompt (the self-attention pool of MiLoRA, arXiv 2410.18035)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.zeros(dim))  # zero: starts as the mean
-
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Pool x (B, S, d) over inside (B, S) bool -> (B, 1, d)."""
-        weights = (x @ self.query / x.shape[-1] ** 0.5).masked_fill(~inside, torch.finfo(x.dtype).min)
-        return torch.softmax(weights, -1)[:, None] @ x
-
-
-class Shared(nn.Module):
-    """The weights of experts that are always on (DeepSeekMoE, arXiv 2401.06066): no choice touches them.
-
-    Args:
-        dim: hidden size d.
-        num: how many shared experts.
-        gate: `none` (the constant weight) or `sigmoid` (`weight * sigmoid(w x)` per expert, as in Qwen2-MoE).
-        weight: the constant.
-    """
-
-    def __init__(self, dim: int, num: int, *, gate: str = "none", weight: float = 1.0) -> None:
-        super().__init__()
-        if gate not in SHARED_GATES:
-            raise ConfigError(f"experts.shared_gate {gate!r} is unknown; known: {', '.join(SHARED_GATES)}")
-        self.num, self.constant = num, float(weight)
-        self.weight = nn.Parameter(torch.zeros(num, dim)) if gate == "sigmoid" else None
-
-    def forward(self, x: Tensor, like: Tensor) -> Tensor:
-        """Return (B, S, num) for hidden states x (B, S, d) and gates `like` (B, S, E)."""
-        if self.weight is None:
-            return like.new_full((*like.shape[:-1], self.num), self.constant)
-        return self.constant * torch.sigmoid(x @ self.weight.t())
-
-
-class Router(nn.Module):
+class Router(Float32):
     """Decides which experts act on which token.
 
     Args:
@@ -317,6 +240,7 @@ class Router(nn.Module):
                 given[name] = {"bank": self.bank, "x": x, "notes": {}}[name]
         return self.scorer(read, ctx, **given), given.get("notes", {})
 
+    @in_float32
     def forward(self, x: Tensor, ctx: Context) -> Routing:
         """Decide for x (B, S, d) -> Routing of (B, S, E), or (B, 1, E) per prompt and per task."""
         with torch.autocast(x.device.type, enabled=False):
@@ -375,17 +299,3 @@ def _component(registry: Registry, spec: Spec, *args: Any) -> Any:
     name, options = split_spec(spec)
     component = registry.get(name)
     return component(*args, **options) if inspect.isclass(component) else Scheduled(component, options)
-
-
-def prompt_tokens(x: Tensor, ctx: Context) -> Tensor:
-    """Return (B, S) bool: the tokens that a per-prompt decision may read.
-
-    These are the valid prompt tokens; a row without any (everything in it is supervised) reads its first valid token,
-    so that no decision ever looks at an answer. A row of padding only reads its first position, which nothing counts.
-    """
-    ones = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    valid = ones if ctx.valid is None else ctx.valid.to(x.device)
-    inside = valid if ctx.prompt is None else valid & ctx.prompt.to(x.device)
-    valid = torch.where(valid.any(1, keepdim=True), valid, ones)
-    first = valid & (valid.long().cumsum(1) == 1)
-    return torch.where(inside.any(1, keepdim=True), inside, first)

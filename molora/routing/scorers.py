@@ -41,7 +41,8 @@ class Rational(nn.Module):
         bottom = torch.zeros_like(x)
         for coefficient in self.b.flip(0):
             bottom = (bottom + coefficient) * x
-        return top / (1 + bottom.abs())
+        # not .abs(): its gradient at 0 is 0, and b, which starts there, would never leave
+        return top / (1 + torch.where(bottom < 0, -bottom, bottom))
 
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "rational": Rational}
@@ -224,7 +225,11 @@ class Table(nn.Module):
             )
         ids = ctx.task_ids.to(self.weight.device).reshape(-1)
         if ids.numel() not in (1, x.shape[0]):
-            raise RoutingError(f"task_ids holds {ids.numel()} ids for a batch of {x.shape[0]}; give one per row")
+            raise RoutingError(
+                f"task_ids holds {ids.numel()} ids for a batch of {x.shape[0]}; give one per row, and leave out "
+                "layers that read something else (in DeBERTa, query_proj and key_proj read positions too) with "
+                "exclude_modules"
+            )
         if ids.numel() and int(ids.max()) >= self.weight.shape[0]:
             raise RoutingError(f"task id {int(ids.max())} is out of range; this adapter knows {self.weight.shape[0]}")
         rows = self.weight[ids.clamp_min(0)]

@@ -96,6 +96,7 @@ def fitting(routing: Routing, site: Site, hidden: Tensor) -> Routing:
         raise RoutingError(
             f"the decision of group '{site.group}' was taken for {rows} rows and {positions} positions, but layer "
             f"'{site.name}' has {hidden.shape[0]} rows and {hidden.shape[1]} positions; generate each batch from its "
-            "own prefill, or use share: site"
+            "own prefill, use share: site, or leave out layers that read something else than tokens (in DeBERTa, "
+            "query_proj and key_proj read positions too) with exclude_modules"
         )
     return routing

@@ -11,7 +11,6 @@ gradients in between (a reference model, an evaluation) do not disturb it.
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +20,14 @@ from torch import Tensor
 
 from ..errors import AuxLossError, RoutingError
 from .auxiliary import AuxLoss
+from .cached import Cached
 from .losses import Parts
 from .passes import Pass, Plan, Site
 from .recompute import in_backward
 from .reminders import Reminders
 from .router import Router
 from .rows import Rows
-from .shapes import as_gates, as_input, as_rows, by_beam, fits_rows, fitting, part_of, picked, picked_rows
+from .shapes import as_gates, as_input, as_rows, by_beam, fits_rows, fitting, part_of
 from .types import Context, Memory, Routing
 
 Reader = Callable[[Site, Routing, Context], None]
@@ -44,6 +44,7 @@ class Trace:
         rows: per adapter of a served batch, what its rows get (see rows.py); only these adapters act then. None: PEFT's
             active adapters act.
         progress: training progress in [0, 1], read by schedules.
+        cached: what was decided and seen of the tokens in key-value caches.
         seed: the seed of the next training forward's draws; None: one is drawn from torch's generator.
     """
 
@@ -64,10 +65,7 @@ class Trace:
         self._passes: list[tuple[int, Pass]] = []  # of the forwards gathered into one loss, and where each began
         self.seed: int | None = None
         self.reminders = Reminders()
-        # Per-prompt decisions belong to the key-value cache they were taken with, so that interleaved generations
-        # never exchange them.
-        self._kept: weakref.WeakKeyDictionary[Any, dict[str, Routing]] = weakref.WeakKeyDictionary()
-        self._past: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self.cached = Cached()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out everything that holds a graph: copies and pickles start with no pass."""
@@ -113,10 +111,7 @@ class Trace:
             self.reminders.of_bypassed(self.plans)
         cache = cache if cache is not None else now.cache
         if cache is not None and not now.collecting:
-            if now.per_prompt and not now.continuing:
-                self._kept[cache] = {group: now.decisions[group] for group in now.per_prompt}
-            if now.memory.past:
-                self._past[cache] = now.memory.past
+            self.cached.keep(cache, now)
         # Layers that are called on their own, outside of the model's forward, must not see the masks of this one.
         self._now = Pass()
         self._is_open = False
@@ -165,37 +160,6 @@ class Trace:
     def tell_progress(self, progress: float) -> None:
         """Set the training progress in [0, 1] that schedules read."""
         self.progress, self.reminders.progress_told = progress, True
-
-    def resume(self, cache: Any) -> dict[str, Routing]:
-        """Return the per-prompt decisions that were taken with `cache`; raise RoutingError when there are none."""
-        if cache in self._kept:
-            return dict(self._kept[cache])
-        raise RoutingError(
-            "this forward continues a key-value cache whose prefill this model did not route (a copied or foreign "
-            "cache), so its per-prompt decision is unknown; run the prompt again, or pin the gates with "
-            "molora.pin(model, gates)"
-        )
-
-    def past(self, cache: Any) -> dict[str, Any]:
-        """Return what routers remember of the tokens in `cache`; raise RoutingError when the cache is foreign."""
-        if cache in self._past:
-            return dict(self._past[cache])
-        raise RoutingError(
-            "this forward continues a key-value cache whose earlier tokens this model's routers have not seen (a "
-            "copied or foreign cache), and they need them; run the prompt again, or pin the gates with "
-            "molora.pin(model, gates)"
-        )
-
-    def reorder(self, cache: Any, rows: Tensor | None) -> None:
-        """Follow a cache whose rows were picked anew (beams, or a served batch that some rows have left) in what
-        routers remember, None: forget all of it, and in the per-prompt decisions that belong to it."""
-        if rows is not None and cache in self._kept:
-            self._kept[cache] = {group: picked(kept, rows) for group, kept in self._kept[cache].items()}
-        past = self._past.get(cache)
-        if past is not None and rows is None:
-            del self._past[cache]
-        elif past is not None:
-            self._past[cache] = {name: picked_rows(value, rows) for name, value in past.items()}
 
     def amend(self, stack: str, context: Context, shape: tuple[int, ...]) -> None:
         """Tell the masks of one stack (an encoder that runs inside or before the forward of its model)."""

@@ -18,13 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..compat import (
-    accumulation_left_to_the_loss,
-    keep_columns,
-    labels_are_shifted,
-    loss_is_shifted,
-    world_size_of,
-)
+from ..compat.models import labels_are_shifted, loss_is_shifted
+from ..compat.trainer import accumulation_left_to_the_loss, keep_columns, world_size_of
 from ..control import set_progress, settle, trace_of, tuner_of
 from ..errors import ConfigError, raise_all
 from ..hooks import OWN_ARGUMENTS

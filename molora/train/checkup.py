@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .data import Collator, LabelMap, Task, encode_classification, encode_generation, load_tasks
 from .doctor import doctor
 from .findings import Finding
-from .models import load_base, load_config, longest, resolve_task_type, wrap_base
+from .models import load_base, load_config, longest, wrap_base
 from .settings import DEFAULT_MAX_LENGTH, resolve_recipe
+from .task_types import resolve_task_type
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -93,7 +93,8 @@ def _training(
     yield from _auxiliary(probe, base, second, task_only, has_losses)
     yield from _checkpointing(probe, base, second)
     yield from _scaling(model, base, batch, accumulation)
-    yield from _dead(usage, config, has_losses)
+    if second.router or config.price is not None:  # what cannot learn cannot spread its load either
+        yield from _dead(usage, config, has_losses)
 
 
 HIDES = (
@@ -141,7 +142,7 @@ def _routers(probe: Probe, config: MoloraConfig, second: Step, task_only: Step) 
     by_any = [site for site in learning if second.router[site] > least[site]]
     none = [site for site in learning if site not in by_any]
     only_aux = [site for site in by_any if site not in by_task]
-    why, advice = _why_no_task_gradient(config)
+    why, advice = _why_no_task_gradient(config, second)
     if none:
         yield Finding("fail", f"routers get no gradient in {_some(none, learning)}{why}", advice)
     if only_aux:
@@ -151,8 +152,13 @@ def _routers(probe: Probe, config: MoloraConfig, second: Step, task_only: Step) 
         yield Finding("ok", f"all {len(learning)} routers get gradients from the task, once B has left zero")
 
 
-def _why_no_task_gradient(config: MoloraConfig) -> tuple[str, str]:
-    """(what in the config explains it, the next step)."""
+def _why_no_task_gradient(config: MoloraConfig, second: Step) -> tuple[str, str]:
+    """(what in the config or in the experts explains it, the next step)."""
+    if not second.B and config.experts["frozen"] == "all":
+        return (
+            ": all experts are frozen, and those that are new change nothing",
+            "give it trained experts: molora.import_peft(model, [...], recipe=...), or molora.load a trained mixture",
+        )
     name, options = split_spec(config.selector)
     grad = options.get("grad", "soft")
     if grad in ("none", "policy"):

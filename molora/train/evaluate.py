@@ -24,8 +24,9 @@ from ..files import CONFIG, local_folder, read_config
 from ..routing.metrics import Usage
 from .data import IGNORE, Collator, LabelMap, Task, encode_classification, encode_generation, load_tasks
 from .disk import LABELS, TRAINING, read_json
-from .models import Base, load_base, load_config, longest, resolve_task_type
+from .models import Base, load_base, load_config, longest
 from .settings import DEFAULT_MAX_LENGTH
+from .task_types import resolve_task_type
 
 if TYPE_CHECKING:
     import datasets
@@ -75,6 +76,10 @@ def open_adapter(
         LoadError, ConfigError: anything does not fit, or the base is not to be found.
     """
     folder = local_folder(path)
+    if not (folder / CONFIG).is_file():
+        raise LoadError(
+            f"'{path}' holds no {CONFIG}, so it is no adapter; give the folder that molora train, or molora.save, wrote"
+        )
     config = read_config(folder / CONFIG)
     facts = read_json(folder / TRAINING, "how it was trained") if (folder / TRAINING).is_file() else {}
     name = model or facts.get("model") or config.get("base_model_name_or_path")

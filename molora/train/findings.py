@@ -28,7 +28,9 @@ class Finding:
 def structure_findings(model: nn.Module, adapter: str) -> Iterator[Finding]:
     """Say how many layers are routed, and which were skipped and why."""
     what = report(model, adapter)
-    yield Finding("ok", f"{len(what.wrapped)} layers are routed by {what.decisions} decisions")
+    yield Finding(
+        "ok", f"{len(what.wrapped)} layers are routed by {what.decisions} decision" + "s" * (what.decisions != 1)
+    )
     for path, reason in what.skipped.items():
         yield Finding("warn", f"'{path}' was skipped: {reason}", "leave it out of target_modules if that is as meant")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compat import labels_are_shifted, loss_is_shifted
+from ..compat.models import labels_are_shifted, loss_is_shifted
 from ..control import trace_of, tuner_of
 from ..errors import AuxLossError, ConfigError, RoutingError
 from ..routing.objectives import Outcome

@@ -39,9 +39,10 @@ from .disk import (
     write_json,
 )
 from .evaluate import Adapter, Evaluation, evaluate
-from .models import Base, load_base, load_config, longest, resolve_task_type, wrap_base
+from .models import Base, load_base, load_config, longest, wrap_base
 from .scaling import ignores_token_count
 from .settings import DEFAULT_MAX_LENGTH, TrainSettings, resolve_recipe, run_facts, training_arguments
+from .task_types import resolve_task_type
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -130,6 +131,11 @@ def train(settings: TrainSettings, tell: Callable[[str], None] = lambda note: No
     start, notes = begin_run(output, facts, resume=settings.resume, overwrite=settings.overwrite)
 
     notes += base.notes
+    if config.experts["frozen"] == "all":
+        notes.append(
+            "this recipe freezes all experts, and new ones change nothing, so neither will this adapter; make experts "
+            "of finished LoRAs by molora.import_peft(model, [paths], recipe=...), and train that"
+        )
     for note in notes:
         tell(note)
 

@@ -9,10 +9,11 @@ import dataclasses
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import yaml
@@ -20,7 +21,8 @@ import yaml
 from ..config import MoloraConfig, build_config, read_recipe
 from ..errors import ConfigError, did_you_mean, raise_all
 from ..routing.tasks import tasks_in, with_tasks
-from .models import DTYPES, QUANTIZE, TASK_TYPES
+from .models import DTYPES, QUANTIZE
+from .task_types import TASK_TYPES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -235,6 +237,7 @@ def training_arguments(settings: TrainSettings, train: Mapping[str, Any], folder
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     found = [f"'{key}' is set by molora; use {RESERVED[key]}" for key in train if key in RESERVED]
     found += [f"'{key}' is unknown{did_you_mean(str(key), known - set(RESERVED))}" for key in train if key not in known]
+    found += _wrong_numbers(train)
     raise_all(found, ConfigError, "training arguments (train: in the recipe, or --set train.<name>=...)")
     pin = torch.accelerator.is_available()  # without one, torch warns about pinned memory
     arguments: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "dataloader_pin_memory": pin, **train}
@@ -273,10 +276,24 @@ def training_arguments(settings: TrainSettings, train: Mapping[str, Any], folder
     try:
         return TrainingArguments(**arguments)
     except Exception as error:  # of many kinds: wrong types, values, missing hardware
-        reason = " ".join(str(error).split())[:300]
+        reason = textwrap.shorten(str(error), 800, placeholder=" ...")
         raise ConfigError(f"training arguments: {type(error).__name__}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _wrong_numbers(train: Mapping[str, Any]) -> list[str]:
+    """Return which arguments hold words where transformers expects numbers, which it would notice in training only."""
+    from transformers import TrainingArguments
+
+    found = []
+    for argument in dataclasses.fields(TrainingArguments):
+        kinds = set(get_args(argument.type) or (argument.type,)) - {type(None)}
+        value = train.get(argument.name)
+        if isinstance(value, (str, list, dict)) and kinds and kinds <= {int, float, bool}:
+            wanted = "true or false" if kinds == {bool} else "a number"
+            found.append(f"'{argument.name}' must be {wanted}, got {value!r}")
+    return found
 
 
 def run_facts(

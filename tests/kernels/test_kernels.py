@@ -282,6 +282,24 @@ def test_a_layer_used_twice(name):
     assert_same(mine, results(twice(definition), *arguments))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_model_may_add_into_the_output(name, in_place):
+    """Falcon adds the attention into what its last MLP layer gave; the gradients are those of a sum."""
+    if name == "native" and native.library() is None:
+        pytest.skip("no C compiler here")
+    grads = []
+    for inside in (False, True):
+        y, x, A, B, gates, layout = case()
+        A.requires_grad_(), B.requires_grad_()
+        out = KERNELS[name](y, x, A, B, gates, layout, in_place)
+        other = torch.ones_like(out)
+        out = out.add_(other) if inside else out + other
+        out.square().sum().backward()
+        grads.append((A.grad, B.grad))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 @pytest.mark.parametrize("name", ["fused", "native", "grouped"])
 def test_writing_into_an_output_that_backward_needs_is_an_error(name):
     y, x, A, B, gates, layout = arguments = case(lead=(2, 9))

@@ -14,8 +14,8 @@ from molora.control import trace_of
 from molora.errors import ConfigError
 from molora.routing.controllers import Controller, check_controller, controllers
 from molora.routing.load_losses import weighted_l1
-from molora.routing.losses import WeightedLoss, check_loss
 from molora.routing.types import Context, Routing
+from molora.routing.weighted import WeightedLoss, check_loss
 from tests.tiny import tiny_inputs, tiny_llama
 
 TRAINING = Context(training=True)

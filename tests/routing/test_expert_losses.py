@@ -16,9 +16,10 @@ from molora.routing.expert_losses import (
     match,
     orthogonality,
 )
-from molora.routing.losses import Parts, WeightedLoss
+from molora.routing.losses import Parts
 from molora.routing.router import Router
 from molora.routing.types import Context, Routing
+from molora.routing.weighted import WeightedLoss
 from tests.tiny import tiny_llama
 
 NOBODY = Context()

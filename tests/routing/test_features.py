@@ -8,7 +8,8 @@ from molora.errors import ConfigError, RoutingError
 from molora.routing.features import Place, features
 from molora.routing.mixing import attention_key
 from molora.routing.multitask import TaskMask
-from molora.routing.router import Router, pools
+from molora.routing.pools import pools
+from molora.routing.router import Router
 from molora.routing.types import Context, Memory
 from tests.tiny import tiny_inputs, tiny_llama, tiny_mamba
 

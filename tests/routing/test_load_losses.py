@@ -8,9 +8,10 @@ from scipy import stats
 
 from molora.errors import ConfigError
 from molora.routing.load_losses import cardinality, mutual_information, rsl, sparsity_l1, variation, weighted_l1
-from molora.routing.losses import Parts, WeightedLoss, entropy, importance, switch_balance
+from molora.routing.losses import Parts, entropy, importance, switch_balance
 from molora.routing.router import Router
 from molora.routing.types import Context, Memory, Routing
+from molora.routing.weighted import WeightedLoss
 
 NOBODY = Context()
 

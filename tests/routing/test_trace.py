@@ -11,10 +11,10 @@ import molora
 from molora.config import build_config
 from molora.control import routed_layers, trace_of
 from molora.errors import AuxLossError, RoutingError
-from molora.routing.losses import WeightedLoss
 from molora.routing.router import Router
 from molora.routing.trace import Pass, Plan, Site, Trace
 from molora.routing.types import Context, Routing
+from molora.routing.weighted import WeightedLoss
 from tests.tiny import tiny_inputs, tiny_llama
 
 SITE = Site(name="q", adapter="default", group="site:q:main")
@@ -144,7 +144,7 @@ def prefill(trace, router, x, cache):
 def resumed(trace, cache):
     new = a_pass(cache=cache, continuing=True)
     trace.open(new)
-    new.decisions = trace.resume(cache)
+    new.decisions = trace.cached.decisions(cache)
     return new
 
 
@@ -162,22 +162,22 @@ def test_a_decision_per_prompt_is_reused_with_its_cache():
 def test_a_foreign_cache_is_refused():
     trace = Trace()
     with pytest.raises(RoutingError, match=r"whose prefill this model did not route.*molora.pin"):
-        trace.resume(Cache())
+        trace.cached.decisions(Cache())
 
 
 def test_decisions_die_with_their_cache():
     trace, cache = Trace(), Cache()
     prefill(trace, Router(6, 4, granularity="prompt"), torch.randn(2, 3, 6), cache)
-    assert len(trace._kept) == 1
+    assert len(trace.cached) == 1
     del cache
     gc.collect()
-    assert len(trace._kept) == 0
+    assert len(trace.cached) == 0
 
 
 def test_decisions_per_token_are_not_kept():
     trace, cache = Trace(), Cache()
     prefill(trace, Router(6, 4), torch.randn(2, 3, 6), cache)
-    assert len(trace._kept) == 0
+    assert len(trace.cached) == 0
 
 
 # --- pins and readers -------------------------------------------------------------------------------------------------

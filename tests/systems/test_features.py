@@ -659,8 +659,8 @@ def test_the_decision_of_a_prompt_is_blind_to_the_answer_and_kept(recipe):
 @pytest.mark.proves("scope")
 def test_the_entropies_of_scope_are_least_when_rows_decide_and_differ():
     from molora.config import MoloraConfig
-    from molora.routing.losses import WeightedLoss
     from molora.routing.types import Routing
+    from molora.routing.weighted import WeightedLoss
 
     weighted = [WeightedLoss(spec) for spec in MoloraConfig.from_recipe("scope").losses]
 

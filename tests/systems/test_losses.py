@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 import molora
 from molora.control import routed_layers, trace_of
 from molora.experts.pool import PooledBank
-from molora.routing.losses import Parts, WeightedLoss
+from molora.routing.losses import Parts
 from molora.routing.router import Router
 from molora.routing.types import Context, Routing
+from molora.routing.weighted import WeightedLoss
 from tests.tiny import tiny_inputs, tiny_llama
 
 

@@ -17,12 +17,13 @@ from molora.routing import policy
 from molora.routing.branches import Branches
 from molora.routing.competition import Competition, responses
 from molora.routing.features import Place
-from molora.routing.losses import Parts, WeightedLoss, losses
+from molora.routing.losses import Parts, losses
 from molora.routing.momentum import Momentum, task_contrast
 from molora.routing.objectives import symmetric_kl
 from molora.routing.router import Router
 from molora.routing.types import Context, Memory, Routing
 from molora.routing.views import Codebook, NoisyView, commitment, output_contrast
+from molora.routing.weighted import WeightedLoss
 from tests.needs import config_of
 from tests.tiny import tiny_inputs, tiny_llama
 

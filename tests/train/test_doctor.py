@@ -124,6 +124,18 @@ def test_routers_that_the_task_cannot_teach(selector, advice):
     assert advice in finding.next
 
 
+def test_routers_over_frozen_experts_that_are_new():
+    finding = one(doctor(molora.wrap(tiny_llama(), "lora_mixer_router")), "warn", "the task teaches no router in")
+    assert "those that are new change nothing" in finding.what and "import_peft" in finding.next
+
+
+def test_routing_that_cannot_learn_is_not_told_to_balance_its_load():
+    for recipe in ("hash", "thor"):
+        findings = doctor(molora.wrap(tiny_llama(), recipe))
+        one(findings, "warn", "no router is trainable")
+        assert not [finding.what for finding in findings if "dead" in finding.what or "balance" in finding.what]
+
+
 def test_top_1_that_the_task_can_teach():
     selector = {"name": "top_k", "k": 1, "normalise": "none"}
     findings = doctor(molora.wrap(tiny_llama(), {"experts": {"num": 4, "rank": 2}, "selector": selector}))

@@ -134,3 +134,5 @@ def test_refused(saved, world, tmp_path):
         evaluate_adapter(saved / "generator", [world["qa"]], model="./gone")
     with pytest.raises(LoadError, match="there is no folder"):
         evaluate_adapter("./nowhere", [world["qa"]])
+    with pytest.raises(LoadError, match=r"holds no adapter_config\.json, so it is no adapter; give the folder"):
+        evaluate_adapter(str(tmp_path), [world["qa"]])

@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 import molora
+from molora import cli
 from molora.errors import ConfigError, DataError
 from molora.routing.metrics import Usage
 from molora.train import run as run_module
@@ -207,13 +208,30 @@ def test_accumulation_does_not_multiply_the_task_loss(world, tmp_path, monkeypat
         ({"max_length": 1000}, ConfigError, "more than the 128 tokens that the model can take"),
         ({"fields": {"txt": "x"}}, DataError, "did you mean 'text'"),
         ({"set": ["experts.num=0"]}, ConfigError, "experts.num must be a whole number"),
-        ({"set": ["target_modules=[nothing]"]}, ConfigError, "does not fit this model: .*target"),
+        ({"set": ["target_modules=[nothing]"]}, ConfigError, r"target_modules=\['nothing'\] match no layer"),
     ],
 )
 def test_bad_input(world, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         train(settings(world, tmp_path, **changes))
     assert not (tmp_path / "training.json").exists()
+
+
+def test_a_trained_classifier_is_exported_with_its_labels(trained, tmp_path, capsys):
+    """Its base does not know how many labels there are; the head of the adapter does."""
+    folder, _ = trained
+    assert cli.main(["export", str(folder), "--expert", "0", "--out", str(tmp_path / "one")]) == 0, capsys.readouterr()
+    tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    head = load_file(folder / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert head.shape[0] == 5 and torch.equal(tensors["base_model.model.classifier.weight"], head)
+
+
+def test_frozen_new_experts_are_told(world, tmp_path):
+    """Nothing can be learned then: their routers weigh zeros."""
+    told = []
+    changes = {"recipe": "lora_mixer_router", "set": ["experts.num=3", "experts.rank=2"], "max_steps": 1}
+    train(settings(world, tmp_path, **changes), tell=told.append)
+    assert any("freezes all experts" in note and "import_peft" in note for note in told)
 
 
 def test_an_encoder_cannot_generate(world, tmp_path):

@@ -120,6 +120,21 @@ def test_unknown_and_reserved_training_arguments(tmp_path):
     assert "'output_dir' is set by molora; use --output" in str(error.value)
     with pytest.raises(ConfigError, match=r"training arguments: .*sgdd is not a valid"):
         training_arguments(settings(), {"optim": "sgdd"}, tmp_path)
+    assert all(name in str(error_of(tmp_path, optim="sgdd")) for name in ("'sgd'", "'adamw_torch'", "'lion_8bit'"))
+
+
+def error_of(tmp_path, **train):
+    with pytest.raises(ConfigError) as error:
+        training_arguments(settings(), train, tmp_path)
+    return error.value
+
+
+def test_words_where_transformers_wants_numbers(tmp_path):
+    """It would notice in the first step, with a TypeError of its own."""
+    said = str(error_of(tmp_path, learning_rate="fast", warmup_steps=["5"], bf16="yes", num_train_epochs=1))
+    assert "'learning_rate' must be a number, got 'fast'" in said
+    assert "'warmup_steps' must be a number, got ['5']" in said and "'bf16' must be true or false, got 'yes'" in said
+    assert training_arguments(settings(), {"learning_rate": 1e-3, "bf16": False}, tmp_path).learning_rate == 1e-3
 
 
 @pytest.mark.parametrize(
