@@ -57,7 +57,7 @@ bench-swap: $(STAMP)
 bench-serve: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.serve $(BENCH_ARGS)
 
-# About a quarter of an hour on an idle core; every router beside PEFT's on the adapters of adapters_hub.
+# About twenty minutes of one core; every router beside PEFT's on the adapters of adapters_hub.
 bench-zero-shot: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.zero_shot $(BENCH_ARGS)
 

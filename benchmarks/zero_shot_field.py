@@ -17,9 +17,9 @@ from torch import Tensor
 class Sizes:
     """How much of everything; see `benchmarks/zero_shot.py` for the options that change it."""
 
-    rows: int = 60  # held-out rows per task
+    rows: int = 120  # held-out rows per task
     texts: int = 32  # per adapter, for the routers that read texts
-    router_steps: int = 12  # of every router that is trained
+    router_steps: int = 30  # of every router that is trained
     examples: int = 16  # labelled rows for those that see some of what is asked
     budget: int = 20  # evaluations of LoraHub's search
     batch: int = 16

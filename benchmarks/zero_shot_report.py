@@ -13,6 +13,7 @@ NEEDS = {
     "examples": "a few labelled rows of what is asked",
     "training": "joint training of a router on labelled rows of all its adapters' tasks",
 }
+KEYS = ("held_out", "in_distribution")
 Right = Mapping[str, list[bool]]  # task -> which rows were right
 
 
@@ -136,18 +137,18 @@ def markdown(run: Mapping[str, Any]) -> str:
 
 
 def short(run: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the table in the README: references, and the best router of each kind beside PEFT's."""
+    """Return the lines of the table in the README: references, PEFT's, and who does best of each kind at a question."""
     known, routers = references(run), run["routers"]
     whole = {name: row for name, row in routers.items() if row["held_out"]}
     chosen = [name for name in ("uniform average", "arrow", "PEFT Arrow", "PEFT X-LoRA") if name in whole]
     for kind in list(NEEDS)[1:]:
         mine = [name for name in whole if whole[name]["needs"] == kind and name not in chosen]
-        best = max(mine, key=lambda name: mean(whole[name]["in_distribution"]), default=None)
-        chosen += [] if best is None else [best]
+        best = {max(mine, key=lambda name: mean(whole[name][key])) for key in KEYS if mine}
+        chosen += [name for name in mine if name in best]
     rows = {name: ("", known[name]) for name in ("frozen base", "best single adapter")}
     rows |= {name: (whole[name]["needs"], whole[name]) for name in chosen}
     if "shipped mixture" in routers:
-        rows["shipped mixture"] = ("training", routers["shipped mixture"])
+        rows["shipped mixture"] = (routers["shipped mixture"]["needs"], routers["shipped mixture"])
     rows["oracle"] = ("the task's name", known["oracle"])
     lines = [[name, needs, *_cells(row)] for name, (needs, row) in rows.items()]
     return _table(["", "needs", "held out", "in distribution"], lines)[1:]
