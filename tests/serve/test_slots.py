@@ -10,7 +10,7 @@ import molora
 from molora.control import trace_of
 from molora.errors import ConfigError
 from molora.files import WEIGHTS, look
-from molora.lora_files import Lora, read_lora
+from molora.lora_files import Lora, Pair, read_lora
 from molora.routing.rows import Rows
 from molora.serve.store.slots import LARGEST, Place, Slots, rank_of, too_large
 from tests import tiny
@@ -151,7 +151,7 @@ def test_the_largest_numbers_that_are_let_in_never_reach_other_rows(tmp_path, id
 
 
 def test_numbers_that_could_overflow_are_named():
-    lora = Lora("one", None, {"p": molora.from_peft.Pair("A", "B", 1, 100.0)})
+    lora = Lora("one", None, {"p": Pair("A", "B", 1, 100.0)})
     tensors = {"A": torch.tensor([[2 * LARGEST]]), "B": torch.tensor([[LARGEST / 10]]), "n": torch.tensor([10**9])}
     assert [problem.split("'")[1] for problem in too_large(tensors, lora.pairs)] == ["A", "B"]
     assert [problem.split("'")[1] for problem in too_large(tensors)] == ["A"]
