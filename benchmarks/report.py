@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import statistics
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .files import write_files
 from .models import versions
 from .sections import BASE, OURS
 
@@ -153,14 +153,7 @@ def _ratios(part: dict[str, Any]) -> list[str]:
 
 def write(run: dict[str, Any], folder: Path) -> None:
     """Write speed.json, speed.md and speed.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("speed.json", json.dumps(run, indent=1) + "\n"), ("speed.md", markdown(run))):
-        draft = folder / f".{name}.tmp"
-        draft.write_text(content, encoding="utf-8")
-        os.replace(draft, folder / name)
-    draft = folder / ".speed.tmp.png"
-    picture(run["sections"], draft)
-    os.replace(draft, folder / "speed.png")
+    write_files(folder, "speed", run, markdown(run), lambda path: picture(run["sections"], path))
 
 
 def picture(sections: Sections, path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
+
+from .files import write_files
 
 Sections = dict[str, dict[str, Any]]
 SHARE = 0.05  # that a greedy tenant may have beyond its share
@@ -148,14 +148,7 @@ def _server(loads: list[dict[str, Any]]) -> list[str]:
 
 def write(run: dict[str, Any], folder: Path) -> None:
     """Write serve.json, serve.md and serve.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("serve.json", json.dumps(run, indent=1) + "\n"), ("serve.md", markdown(run))):
-        draft = folder / f".{name}.tmp"
-        draft.write_text(content, encoding="utf-8")
-        os.replace(draft, folder / name)
-    draft = folder / ".serve.tmp.png"
-    picture(run["sections"], draft)
-    os.replace(draft, folder / "serve.png")
+    write_files(folder, "serve", run, markdown(run), lambda path: picture(run["sections"], path))
 
 
 def picture(sections: Sections, path: Path) -> None:

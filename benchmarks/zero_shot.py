@@ -20,7 +20,6 @@ from __future__ import annotations
 # ruff: noqa: E402 (the folder of the tasks comes into the path before they are imported)
 import argparse
 import json
-import os
 import sys
 import time
 import traceback
@@ -40,6 +39,7 @@ from peft import PeftModel
 from molora.hub.store import Hub
 
 from . import zero_shot_report
+from .files import write_files
 from .report import machine
 from .zero_shot_field import Field, Sizes
 from .zero_shot_routers import IN_DISTRIBUTION_ONLY, ROUTERS, Around
@@ -177,16 +177,8 @@ def merged(run: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def write(run: dict[str, Any], folder: Path) -> None:
     """Write zero_shot.json, zero_shot.md and zero_shot.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {"zero_shot.json": json.dumps(zero_shot_report.packed(run), indent=1) + "\n"}
-    texts["zero_shot.md"] = zero_shot_report.markdown(run)
-    for name, content in texts.items():
-        draft = folder / f".{name}.tmp"
-        draft.write_text(content, encoding="utf-8")
-        os.replace(draft, folder / name)
-    draft = folder / ".zero_shot.tmp.png"
-    zero_shot_report.picture(run, draft)
-    os.replace(draft, folder / "zero_shot.png")
+    packed, page = zero_shot_report.packed(run), zero_shot_report.markdown(run)
+    write_files(folder, "zero_shot", packed, page, lambda path: zero_shot_report.picture(run, path))
 
 
 if __name__ == "__main__":

@@ -60,14 +60,13 @@ def mol_moe(data: Field, names: list[str], asked: list[str]) -> Made:
 
 def phatgoose(data: Field, names: list[str], asked: list[str]) -> Made:
     """The gates that the library holds beside each adapter, top 2."""
-    return mix(data, names, {"name": "phatgoose", "gates": {name: data.folders[name] for name in names}}), None
+    return mix(data, names, "phatgoose"), None
 
 
 def glider(data: Field, names: list[str], asked: list[str]) -> Made:
     """The same gates, and the cosine of each text with the adapters' descriptions (gamma 3; no writer)."""
-    gates = {name: data.folders[name] for name in names}
     said = {name: data.tasks[name].said for name in names}
-    model = mix(data, names, {"name": "glider", "gates": gates, "descriptions": said})
+    model = mix(data, names, {"name": "glider", "descriptions": said})
     describer = Describer(model, data.pointer.vectors)
     return model, lambda batch: describing(model, batch.texts, describer)
 

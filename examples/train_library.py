@@ -202,7 +202,7 @@ def _shared(pointer: Pointer, description: str) -> dict[str, Any]:
 def make_mixture(hub: Hub, tasks: Sequence[Task], folder: Path) -> Path:
     """Let the adapters of a library compete by their gates; returns the folder of the mixture, in float16."""
     adapters = {task.name: hub.get(task.name).folder for task in tasks}
-    router = {"name": "phatgoose", "gates": adapters, "top_k": min(ACTIVE, len(adapters))}
+    router = {"name": "phatgoose", "top_k": min(ACTIVE, len(adapters))}  # by the gates beside them
     model = molora.compose(pointing.base_model(), adapters, router=router)
     model.peft_config["default"].base_model_name_or_path = BASE
     molora.save(model, folder)
